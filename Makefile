@@ -1,0 +1,67 @@
+# One command each. Needs Python 3.11+ with venv and pip; everything else comes from the package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One compute thread a process: with two, and the other core busy, training runs several times slower.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev demo check format test test-full golden bench docs tiny-target clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "SpecForge needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# PyTorch first and by its exact pin: a range would pull another build in.
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/.core: pyproject.toml | $(VENV)/.torch
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.core
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.core ## create .venv and install specforge
+dev: $(VENV)/.dev ## the same with the development tools
+
+demo: $(VENV)/.core ## train, evaluate and export a real draft here
+	$(BIN)/specforge demo $(ARGS)
+
+check: $(VENV)/.dev ## format, lint, types, imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## reformat and apply safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(VENV)/.dev ## the test suite (a few minutes)
+	$(BIN)/python -m pytest -m 'not full' $(ARGS)
+
+test-full: $(VENV)/.dev ## what is slow: the whole demo, killed and resumed
+	$(BIN)/python -m pytest -m full $(ARGS)
+
+golden: $(VENV)/.core ## every reference vector below GOLDEN
+	$(BIN)/python -m specforge.testing.golden $(or $(GOLDEN),../shared/golden)
+
+bench: $(VENV)/.core ## the benchmarks
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: $(VENV)/.core ## regenerate the reference pages
+	$(BIN)/python -m specforge.config.reference docs/reference/run-config.md
+
+tiny-target: $(VENV)/.core ## retrain the demo's target from scratch (about an hour on two cores)
+	$(BIN)/python -m specforge.demo.target $(or $(OUT),src/specforge/demo/target_model)
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info

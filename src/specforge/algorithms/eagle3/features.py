@@ -1,0 +1,107 @@
+"""EAGLE-3: which rows of a packed batch are trained, on which tokens, with which teacher (algorithms.md 3.1).
+
+Row ``j`` combines the features of token ``j`` with the embedding of token ``j + 1 + k`` at unroll step ``k`` and is
+taught by the target's distribution at token ``j + 1 + k``, which predicts token ``j + 2 + k``. Batches are unshifted;
+all shifts happen here and none crosses the end of a document.
+
+Legend: T packed tokens, C context tokens, R computed rows, K unroll steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specforge.algorithms.parts.attention import PackedLayout, packed_layout
+from specforge.contracts.batches import TrainBatch
+
+
+@dataclass(frozen=True, slots=True)
+class UnrollPlan:
+    """What the model computes. Index ``T`` of a token stands for "behind the end": id 0, as a zero-filled shift gives.
+
+    * ``context`` int64 [C], ascending: the tokens that some computed row can see; what lies behind is never touched
+    * ``rows`` int64 [R], ascending: index into ``context`` of the rows whose output is needed at some step
+    * ``first_tokens`` int64 [C]: token embedded in every context row at step 0 (all are keys of the later ones)
+    * ``tokens`` int64 [K, R]: token embedded in the computed rows at each step
+    * ``positions`` int64 [C]: rotary position of every context row at step 0; step ``k`` adds ``k``
+    """
+
+    context: Tensor
+    rows: Tensor
+    first_tokens: Tensor
+    tokens: Tensor
+    positions: Tensor
+    layout: PackedLayout
+
+    @property
+    def num_steps(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """What the loss compares. ``mask`` bool [K, R]; ``teachers`` int64 [K, R]: token whose ``last`` teaches the row
+    (valid where ``mask`` is set).
+    """
+
+    mask: Tensor
+    teachers: Tensor
+
+
+def supervised_rows(batch: TrainBatch[Tensor], num_steps: int, mask_offset: int) -> Tensor:
+    """bool [K, T]: row ``j`` is supervised at step ``k``.
+
+    True iff the loss mask of token ``j + mask_offset + k`` is set, and that token and the teacher ``j + 1 + k`` belong
+    to the document of ``j``.
+    """
+    num_tokens = batch.input_ids.numel()
+    tokens = torch.arange(num_tokens, device=batch.input_ids.device)
+    steps = torch.arange(num_steps, device=tokens.device).unsqueeze(-1)
+    labels = tokens + mask_offset + steps
+    reach = tokens + max(mask_offset, 1) + steps
+    inside = reach < _document_ends(batch)
+    return inside & batch.loss_mask.to(torch.bool)[labels.clamp(max=max(num_tokens - 1, 0))]
+
+
+def plan_unroll(batch: TrainBatch[Tensor], supervised: Tensor) -> tuple[UnrollPlan, Supervision]:
+    """The plan that computes exactly the rows that ``supervised`` [K, T] names at any step.
+
+    Step ``k`` of a row depends on step 0 of the rows before it and on its own earlier steps only, so the other rows
+    are needed as keys of step 0 and never beyond.
+    """
+    num_steps, num_tokens = supervised.shape
+    rows = supervised.any(0).nonzero().squeeze(-1)
+    ends = _document_ends(batch)
+    context, lengths = _visible(batch, rows)
+    ahead = rows + 1 + torch.arange(num_steps, device=rows.device).unsqueeze(-1)
+    plan = UnrollPlan(
+        context=context,
+        rows=torch.searchsorted(context, rows),
+        first_tokens=torch.where(context + 1 < ends[context], context + 1, num_tokens),
+        tokens=torch.where(ahead < ends[rows], ahead, num_tokens),
+        positions=batch.position_ids[context],
+        layout=packed_layout(lengths, torch.searchsorted(context, rows)),
+    )
+    return plan, Supervision(mask=supervised[:, rows], teachers=ahead.clamp(max=max(num_tokens - 1, 0)))
+
+
+def _visible(batch: TrainBatch[Tensor], rows: Tensor) -> tuple[Tensor, list[int]]:
+    """Tokens up to the last of ``rows`` in each document, int64 [C], and their number a document."""
+    starts = torch.tensor((0, *batch.lengths), dtype=torch.int64).cumsum(0)
+    cpu_rows = rows.cpu()
+    last = torch.searchsorted(cpu_rows, starts[1:]) - 1
+    first_rows = torch.searchsorted(cpu_rows, starts[:-1])
+    lengths = torch.where(last >= first_rows, cpu_rows[last.clamp(min=0)] + 1 - starts[:-1], 0)
+    offsets = torch.repeat_interleave(starts[:-1] - (lengths.cumsum(0) - lengths), lengths)
+    context = torch.arange(offsets.numel()) + offsets
+    return context.to(rows.device), lengths.tolist()
+
+
+def _document_ends(batch: TrainBatch[Tensor]) -> Tensor:
+    """int64 [T]: index one past the document of each token."""
+    lengths = torch.tensor(batch.lengths, dtype=torch.int64)
+    ends = torch.repeat_interleave(lengths.cumsum(0), lengths)
+    return ends.to(batch.input_ids.device)

@@ -1,0 +1,34 @@
+"""``specforge train``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from specforge.cli.options import ConfigFile, Overrides
+from specforge.cli.output import AsJson, flat, print_json, print_table
+from specforge.config.load import load_run_config
+
+
+def register(app: typer.Typer) -> None:
+    app.command("train", epilog="Example: specforge train -c run.yaml training.lr=3e-4 topology=disaggregated")(train)
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in run_dir from its last checkpoint.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a draft as a run file says."""
+    run = load_run_config(config, overrides or [])
+    from specforge.launch.local import train as run_training
+
+    outcome = run_training(run, resume=resume).to_dict()
+    if as_json:
+        print_json({"run_dir": str(run.run_dir), **outcome})
+    else:
+        print_table("Trained", [("run_dir", run.run_dir), *flat(outcome)])

@@ -1,0 +1,52 @@
+"""RunConfig: everything one run needs, composed of the options that live beside the code they configure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from specforge.algorithms.eagle3.config import Eagle3Options
+from specforge.control_plane.config import ControlPlaneConfig
+from specforge.data_plane.config import DataPlaneConfig
+from specforge.evaluation.config import EvaluationConfig
+from specforge.inference.config import TargetConfig
+from specforge.prompts.config import DataConfig
+from specforge.training.config import TrainingConfig
+
+AlgorithmOptions = Eagle3Options
+"""One variant an algorithm, told apart by ``name``: a discriminated union from the second algorithm on."""
+
+
+class RunConfig(BaseModel):
+    """A training run. Paths are absolute once :func:`specforge.config.load.load_run_config` has read it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_dir: Path = Field(description="Directory of the run: resolved configuration, ledger, logs, checkpoints.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of initialisation, order and everything drawn.")
+    topology: Literal["colocated", "disaggregated"] = Field(
+        "colocated", description="colocated: capture and training in one process; disaggregated: in two."
+    )
+    target: TargetConfig = Field(description="The frozen target.")
+    data: DataConfig = Field(description="The samples to train on.")
+    algorithm: AlgorithmOptions = Field(Eagle3Options(), description="The draft algorithm and its options.")
+    training: TrainingConfig = Field(TrainingConfig(), description="The training loop.")
+    control_plane: ControlPlaneConfig = Field(ControlPlaneConfig(), description="Leases, order and the ledger.")
+    data_plane: DataPlaneConfig = Field(DataPlaneConfig(), description="The feature store and prefetching.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Evaluation by speculative decoding.")
+
+    @model_validator(mode="after")
+    def _parts_fit_the_topology(self) -> Self:
+        if self.topology == "disaggregated" and self.data_plane.store.kind == "local":
+            raise ValueError(
+                "topology is disaggregated but data_plane.store.kind is local, which only one process can see; "
+                "use shared_memory or auto"
+            )
+        if self.topology == "disaggregated" and self.control_plane.ledger.kind == "none":
+            raise ValueError(
+                "topology is disaggregated but control_plane.ledger.kind is none, which cannot survive a lost "
+                "process; use sqlite, memory or auto"
+            )
+        return self

@@ -1,0 +1,56 @@
+"""CaptureSpec (what an algorithm wants captured) and TargetInfo (what is known of a target)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureSpec:
+    """Which hidden states to capture. Written by an algorithm, read by every engine; an engine knows no algorithm.
+
+    A layer id ``i`` means the residual stream *after* decoder layer ``i``, 0-based. Feature ``aux`` is the
+    concatenation over ``aux_layers`` in list order, shape ``[tokens, len(aux_layers) * hidden_size]``; feature ``last``
+    is the last hidden state *after* the final norm, shape ``[tokens, hidden_size]``; feature ``input_ids`` (int32) is
+    always captured.
+    """
+
+    aux_layers: tuple[int, ...]
+    last_hidden: bool
+    dtype: str = "float32"
+
+    @property
+    def fingerprint(self) -> str:
+        """Short content hash: equal specs give equal fingerprints."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetInfo:
+    """The facts about a target that algorithms, plans and exports need. Read from its directory, never edited.
+
+    ``revision`` is a content hash of configuration and weights. ``rope_scaling`` is ``None`` for plain RoPE.
+    ``logit_softcap`` and ``logit_scale``: what the target does to its logits after the head (``None``, 1.0: nothing).
+    """
+
+    path: str
+    architecture: str
+    model_type: str
+    revision: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, float | str] | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+    logit_softcap: float | None = None
+    logit_scale: float = 1.0

@@ -1,0 +1,1 @@
+"""The ledger: ``base`` (protocol, states), ``noop``, ``memory``, ``sql`` with its ``schema``."""

@@ -1,0 +1,108 @@
+"""SpeculativeReport: the figures of speculative decoding, and how they follow from the decoded prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedPrompt:
+    """One prompt decoded both ways.
+
+    ``accepted``: accepted proposals of each round that counts. ``mismatch``: index of the first new token in which the
+    outputs differ, ``None`` for equal ones; ``near_tie``: that difference is excused.
+    """
+
+    prompt_tokens: int
+    plain_tokens: tuple[int, ...]
+    speculative_tokens: tuple[int, ...]
+    plain_seconds: float
+    speculative_seconds: float
+    accepted: tuple[int, ...]
+    mismatch: int | None
+    near_tie: bool
+
+    @property
+    def num_compared_tokens(self) -> int:
+        """Tokens up to the first difference; all of them without one."""
+        return len(self.plain_tokens) if self.mismatch is None else self.mismatch
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculativeReport:
+    """Definitions: architecture.md section 12.
+
+    * ``accepted_length_mean``: accepted proposals + 1, mean over rounds; 1.0 = nothing accepted (or no round)
+    * ``acceptance_per_position[i]``: rounds that accepted at least i + 1 proposals / all rounds
+    * ``lossless``: every prompt's outputs are equal up to excused near-ties; ``None`` when the target did not compute
+      in fp32, where differences are reported and not judged
+    * ``tokens_per_second_*``: new tokens after the first / decode time (the target's prefill is left out)
+    * ``distinct_4grams``: distinct / all 4-grams of the plain output, mean over prompts with at least 4 new tokens
+    """
+
+    accepted_length_mean: float
+    acceptance_per_position: tuple[float, ...]
+    num_rounds: int
+    lossless: bool | None
+    num_prompts_compared: int
+    num_tokens_compared: int
+    num_mismatches: int
+    num_near_ties: int
+    tokens_per_second_plain: float
+    tokens_per_second_speculative: float
+    distinct_4grams: float
+    prompts: tuple[DecodedPrompt, ...]
+
+    @property
+    def speed_up(self) -> float:
+        """Speculative over plain tokens per second; 0 where nothing was timed."""
+        return (
+            self.tokens_per_second_speculative / self.tokens_per_second_plain if self.tokens_per_second_plain else 0.0
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(self)
+
+
+def summarise(rows: Sequence[DecodedPrompt], num_proposals: int, judged: bool) -> SpeculativeReport:
+    """The report over ``rows``; sums first, ratios last. ``judged`` says whether differences count as losses."""
+    rounds = [count for row in rows for count in row.accepted]
+    mismatches = sum(row.mismatch is not None and not row.near_tie for row in rows)
+    return SpeculativeReport(
+        accepted_length_mean=1.0 + sum(rounds) / len(rounds) if rounds else 1.0,
+        acceptance_per_position=tuple(
+            sum(count > position for count in rounds) / len(rounds) if rounds else 0.0
+            for position in range(num_proposals)
+        ),
+        num_rounds=len(rounds),
+        lossless=mismatches == 0 if judged else None,
+        num_prompts_compared=len(rows),
+        num_tokens_compared=sum(row.num_compared_tokens for row in rows),
+        num_mismatches=mismatches,
+        num_near_ties=sum(row.near_tie for row in rows),
+        tokens_per_second_plain=_rate(
+            sum(len(row.plain_tokens) - 1 for row in rows), sum(row.plain_seconds for row in rows)
+        ),
+        tokens_per_second_speculative=_rate(
+            sum(len(row.speculative_tokens) - 1 for row in rows), sum(row.speculative_seconds for row in rows)
+        ),
+        distinct_4grams=distinct_ngrams([row.plain_tokens for row in rows], 4),
+        prompts=tuple(rows),
+    )
+
+
+def distinct_ngrams(outputs: Sequence[Sequence[int]], length: int) -> float:
+    """Distinct / all n-grams of each output, mean over outputs that have one; 0 where none has."""
+    shares = []
+    for tokens in outputs:
+        grams = [tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1)]
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0

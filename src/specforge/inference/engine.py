@@ -1,0 +1,54 @@
+"""TargetEngine: runs the frozen target. Knows layers and dtypes, never an algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from specforge.contracts.capture import CaptureSpec, TargetInfo
+from specforge.contracts.tasks import PromptTask
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedSample:
+    """Features of one task: ``input_ids`` int32 [S], and as the spec says ``aux`` [S, n*H], ``last`` [S, H]."""
+
+    sample_id: str
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A greedy continuation of one prompt: the new token ids, and whether a stop token ended it (it is included)."""
+
+    token_ids: tuple[int, ...]
+    stopped: bool
+
+
+class TargetEngine(Protocol):
+    """The target as capture needs it."""
+
+    info: TargetInfo
+
+    def capture(self, tasks: Sequence[PromptTask], spec: CaptureSpec) -> Iterator[CapturedSample]:
+        """One unpadded forward a task, so that features depend on that task alone; yields in task order."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
+        """Greedy continuations. Prompts of one call are one batch; the same call gives the same ids."""
+        ...
+
+
+class TargetSession(Protocol):
+    """The target decoding one sequence with a KV cache, as speculative decoding needs it."""
+
+    def forward(self, token_ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Process tokens at the next positions: fp32 logits [m, V] and the features of those positions, each [m, D]."""
+        ...
+
+    def crop(self, num_tokens: int) -> None:
+        """Keep only the first ``num_tokens`` positions of the cache."""
+        ...

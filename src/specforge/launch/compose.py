@@ -1,0 +1,334 @@
+"""The composition root: the only file that names concrete classes.
+
+    prompts          load_prompt_tasks            JSONL -> PromptTask (in ``inputs``)
+    control plane    DataFlowController           the life of every sample, over a MetadataStore
+                     ControlPlaneServer/Client    the same protocol between processes
+                     memory channel               committed refs -> StreamingRefQueue
+    data plane       LocalFeatureStore            one process
+                     SharedMemoryFeatureStore     processes on one host
+                     FeatureDataLoader            refs + store -> StepBatches
+    capture          HFTargetEngine, RolloutWorker
+    training         Trainer, MasterOptimizer, Checkpointer
+
+Builders, one a topology: ``build_online_runtime`` (one process), ``build_disagg_online_consumer`` and
+``build_disagg_online_producer`` (the two processes), ``build_disagg_online_runtime`` (both, as children of this one)
+and ``run_disagg_online_interleaved`` (both halves of the disaggregated path in this process, alternating).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from specforge.algorithms.parts.tables import load_target_tables
+from specforge.algorithms.parts.vocabulary import kept_ids
+from specforge.config.load import dump_run_config
+from specforge.config.run import RunConfig
+from specforge.contracts.batches import StepBatches
+from specforge.contracts.capture import TargetInfo
+from specforge.contracts.codec import to_json
+from specforge.control_plane.base import CaptureControl
+from specforge.control_plane.channel.memory import memory_channel
+from specforge.control_plane.channel.queue import StreamingRefQueue
+from specforge.control_plane.client import ControlPlaneClient
+from specforge.control_plane.config import MemoryLedger, NoLedger, SqliteLedger
+from specforge.control_plane.controller import ControllerSettings
+from specforge.control_plane.modes import DeploymentMode, resolve_control_plane
+from specforge.control_plane.prompts import SampleOrder
+from specforge.control_plane.server import ControlPlaneServer
+from specforge.data_plane.base import FeatureStore
+from specforge.data_plane.config import LocalStore, SharedMemoryStore
+from specforge.data_plane.loader import FeatureDataLoader, LoaderSettings, RefSource
+from specforge.data_plane.local import LocalFeatureStore
+from specforge.data_plane.prefetch import PrefetchIterator
+from specforge.data_plane.shared_memory import SharedMemoryFeatureStore, collect_orphans
+from specforge.errors import ConfigError
+from specforge.inference.huggingface import HFTargetEngine
+from specforge.inference.rollout import RolloutSettings, RolloutWorker
+from specforge.launch.host import ChildSpec, HostExecutor
+from specforge.launch.inputs import (
+    RunInputs,
+    TargetInputs,
+    read_run_inputs,
+    read_target_inputs,
+    resolve_device,
+    resolve_dtype,
+    run_id,
+)
+from specforge.launch.plan import ARENA_SHARE, Plan
+from specforge.launch.runtime import (
+    CaptureRuntime,
+    HandOver,
+    HostRuntime,
+    InlineCapture,
+    StepLog,
+    TrainOutcome,
+    TrainRuntime,
+)
+from specforge.monitor.console import ConsoleMonitor
+from specforge.monitor.fanout import FanoutMonitor
+from specforge.monitor.jsonl import JsonlMonitor
+from specforge.prompts.vocabulary import count_loss_tokens
+from specforge.training.checkpoint import Checkpointer, Provenance, TrainPosition, weights_sha256
+from specforge.training.optimizer import MasterOptimizer, OptimizerSettings
+from specforge.training.schedule import Schedule
+from specforge.training.trainer import Ledger, Trainable, Trainer, TrainerSettings
+
+MAX_LEASES = 8
+"""Samples that a rollout worker leases at a time."""
+
+
+def build_online_runtime(config: RunConfig, *, resume: bool = False) -> TrainRuntime:
+    """One process: the trainer's thread captures what it is about to train on."""
+    inputs = read_run_inputs(config)
+    with contextlib.ExitStack() as resources:
+        store = LocalFeatureStore()
+        return _train_side(inputs, store, resources, resume, engine=make_engine(inputs.config, inputs.target))
+    raise AssertionError
+
+
+def build_disagg_online_consumer(config: RunConfig, *, resume: bool = False) -> TrainRuntime:
+    """The train process: ledger, controller and its server, loader, trainer. ``serve()`` gives the endpoint."""
+    inputs = read_run_inputs(config)
+    with contextlib.ExitStack() as resources:
+        store = SharedMemoryFeatureStore.attach(run_id(config))
+        resources.callback(store.close)
+        return _train_side(inputs, store, resources, resume, served=True)
+    raise AssertionError
+
+
+def build_disagg_online_producer(config: RunConfig, *, worker_id: str) -> CaptureRuntime:
+    """The capture process: target, arena and rollout worker. ``config`` is resolved: it names the arena's size."""
+    inputs = read_target_inputs(config)
+    with contextlib.ExitStack() as resources:
+        store = make_arena(config, resources)
+        engine = make_engine(config, inputs.target)
+
+        def connect(url: str, token: str) -> RolloutWorker:
+            client = resources.enter_context(contextlib.closing(ControlPlaneClient(url, token)))
+            return make_worker(inputs, client, engine, store, worker_id)
+
+        return CaptureRuntime(connect, resources.pop_all())
+    raise AssertionError
+
+
+def build_disagg_online_runtime(config: RunConfig, *, resume: bool = False) -> HostRuntime:
+    """Both processes as children of this one. Everything that can be refused is refused before they start."""
+    resolved = resolve(config, read_run_inputs(config).plan)
+    config_file = config.run_dir / "resolved.yaml"
+    dump_run_config(resolved, config_file)
+    logs = config.run_dir / "logs"
+    return HostRuntime(
+        HostExecutor(),
+        [
+            ChildSpec("train", "train", config_file, log_file=None, resume=resume),
+            ChildSpec("capture-0", "capture", config_file, log_file=logs / "capture-0.log"),
+        ],
+    )
+
+
+def run_disagg_online_interleaved(config: RunConfig, *, resume: bool = False) -> TrainOutcome:
+    """Both halves of the disaggregated path in this process, alternating: its ledger and its arena, no network."""
+    inputs = read_run_inputs(config)
+    resolved = replace(inputs, config=resolve(config, inputs.plan))
+    with contextlib.ExitStack() as resources:
+        store = make_arena(resolved.config, resources)
+        engine = make_engine(config, inputs.target)
+        return _train_side(resolved, store, resources, resume, engine=engine).run()
+    raise AssertionError
+
+
+def resolve(config: RunConfig, plan: Plan) -> RunConfig:
+    """``config`` with every automatic choice of ``plan`` written down: what children read."""
+    stores = {
+        "local": LocalStore(),
+        "shared_memory": SharedMemoryStore(capacity_bytes=plan.store_capacity_bytes or 1),
+    }
+    ledgers: dict[str, NoLedger | MemoryLedger | SqliteLedger] = {
+        "none": NoLedger(),
+        "memory": MemoryLedger(),
+        "sqlite": SqliteLedger(path=plan.ledger_path),
+    }
+    data_plane = config.data_plane.model_copy(update={"store": stores[plan.store]})
+    control_plane = config.control_plane.model_copy(update={"ledger": ledgers[plan.ledger]})
+    return config.model_copy(update={"data_plane": data_plane, "control_plane": control_plane})
+
+
+def make_engine(config: RunConfig, target: TargetInfo) -> HFTargetEngine:
+    """The frozen target, in this process."""
+    torch.set_num_threads(config.training.threads)
+    device = resolve_device(config.target.device)
+    dtype = str(resolve_dtype(config.target.dtype, device)).removeprefix("torch.")
+    return HFTargetEngine(target, dtype, device, config.target.trust_remote_code)
+
+
+def make_arena(config: RunConfig, resources: contextlib.ExitStack) -> SharedMemoryFeatureStore:
+    """A new arena of this process; what dead writers of the same run left is collected first."""
+    store = config.data_plane.store
+    if not isinstance(store, SharedMemoryStore):
+        raise ConfigError(f"this process writes to shared memory, but data_plane.store.kind is {store.kind}")
+    collect_orphans(run_id(config))
+    window_slots = config.control_plane.window_steps * config.training.global_batch_size
+    arena = SharedMemoryFeatureStore.create(run_id(config), store.capacity_bytes, max_samples=2 * window_slots + 64)
+    resources.callback(arena.close)
+    return arena
+
+
+def make_worker(
+    inputs: TargetInputs | RunInputs, control: CaptureControl, engine: HFTargetEngine, store: FeatureStore, name: str
+) -> RolloutWorker:
+    settings = RolloutSettings(
+        worker_id=name,
+        spec=inputs.spec,
+        max_tasks=MAX_LEASES,
+        poll_s=30.0,
+        target_revision=inputs.target.revision,
+    )
+    return RolloutWorker(control, engine, store, settings)
+
+
+def make_trainable(inputs: RunInputs) -> Trainable:
+    """A fresh draft: a function of the seed, the target's tables and, where pruned, the training tokens' counts."""
+    config, target, algorithm = inputs.config, inputs.target, inputs.algorithm
+    device = resolve_device(config.training.device)
+    tables = load_target_tables(target.path, resolve_dtype(config.training.dtype, device), device)
+    draft_config = algorithm.draft_config(target)
+    kept = None
+    if draft_config.draft_vocab_size != draft_config.vocab_size:
+        counts = count_loss_tokens(inputs.tasks, target.vocab_size)
+        kept = kept_ids(torch.tensor(counts), draft_config.draft_vocab_size)
+    draft = algorithm.build_draft(draft_config, tables, config.seed, kept)
+    return Trainable(algorithm, draft, tables, Provenance(inputs.identity(), draft_config.to_dict(), to_json(target)))
+
+
+def make_trainer(
+    inputs: RunInputs, trainable: Trainable, ledger: Ledger, on_step: Callable[[int, dict[str, float]], None]
+) -> Trainer:
+    training, plan = inputs.config.training, inputs.plan
+    device = resolve_device(training.device)
+    optimizer = OptimizerSettings(
+        betas=training.betas, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm
+    )
+    return Trainer(
+        trainable,
+        MasterOptimizer(dict(trainable.draft.named_parameters()), optimizer),
+        Schedule(training.schedule, training.lr, plan.total_steps, training.warmup_ratio, training.min_lr_ratio),
+        TrainerSettings(
+            total_steps=plan.total_steps,
+            checkpoint_every=training.checkpoint_every,
+            seed=inputs.config.seed,
+            device_type=device.type,
+            compute_dtype=resolve_dtype(training.dtype, device),
+        ),
+        make_checkpointer(inputs.config),
+        ledger,
+        on_step,
+    )
+
+
+def make_checkpointer(config: RunConfig) -> Checkpointer:
+    return Checkpointer(config.run_dir / "checkpoints", config.training.keep_last)
+
+
+def _train_side(
+    inputs: RunInputs,
+    store: FeatureStore,
+    resources: contextlib.ExitStack,
+    resume: bool,
+    *,
+    engine: HFTargetEngine | None = None,
+    served: bool = False,
+) -> TrainRuntime:
+    """Controller, loader and trainer over ``store``; takes ``resources`` over. ``engine``: capture in this thread."""
+    config, plan = inputs.config, inputs.plan
+    torch.set_num_threads(config.training.threads)
+    config.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    checkpoint = make_checkpointer(config).latest() if resume else None
+    position = checkpoint.position if checkpoint else TrainPosition()
+    trainable = make_trainable(inputs)
+    writer, reader = memory_channel()
+    controller, _ = resolve_control_plane(
+        MODES[plan.ledger],
+        SampleOrder(len(inputs.tasks), config.training.num_epochs, config.seed, config.control_plane.shuffle),
+        inputs.tasks,
+        writer,
+        controller_settings(inputs),
+        store.abort,
+        plan.ledger_path,
+    )
+    resources.callback(controller.close)
+    monitor = make_monitor(config, plan, position)
+    resources.callback(monitor.close)
+    trainer = make_trainer(
+        inputs, trainable, controller, StepLog(monitor, controller.summary, config.training.log_every)
+    )
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    controller.resume(position.num_slots, position.step)
+    queue = StreamingRefQueue(reader)
+    refs: RefSource = HandOver(queue)
+    if engine is not None:
+        worker = make_worker(inputs, controller, engine, store, "inline")
+        refs = InlineCapture(worker, writer.in_flight, refs.get)
+    loader = FeatureDataLoader(refs, store, loader_settings(inputs, position))
+    batches: Iterator[StepBatches[Tensor]] = loader
+    if engine is None and config.data_plane.prefetch_steps:
+        prefetch = PrefetchIterator(loader, config.data_plane.prefetch_steps, unblock=controller.finish)
+        resources.callback(prefetch.close)
+        batches = prefetch
+    endpoint = None
+    if served:
+        token = secrets.token_urlsafe(32)
+        endpoint = ControlPlaneServer(controller, token, config.control_plane.host, config.control_plane.port), token
+    return TrainRuntime(
+        trainer,
+        controller,
+        batches,
+        lambda: weights_sha256(trainable.draft.served_state()),
+        resources.pop_all(),
+        endpoint,
+    )
+
+
+MODES = {
+    "none": DeploymentMode.LOCAL_COLOCATED,
+    "memory": DeploymentMode.DATAFLOW_COLOCATED,
+    "sqlite": DeploymentMode.DISAGGREGATED,
+}
+
+
+def controller_settings(inputs: RunInputs) -> ControllerSettings:
+    control, plan = inputs.config.control_plane, inputs.plan
+    capacity = plan.store_capacity_bytes
+    return ControllerSettings(
+        window_slots=plan.window_slots,
+        step_slots=inputs.config.training.global_batch_size,
+        max_resident_bytes=None if capacity is None else int(capacity * ARENA_SHARE),
+        bytes_per_token=plan.bytes_per_token,
+        lease_s=control.lease_s,
+        max_attempts=control.max_attempts,
+        max_quarantined=control.max_quarantined,
+    )
+
+
+def loader_settings(inputs: RunInputs, position: TrainPosition) -> LoaderSettings:
+    training = inputs.config.training
+    return LoaderSettings(
+        global_batch_size=training.global_batch_size,
+        max_tokens=training.micro_batch_tokens,
+        device=str(resolve_device(training.device)),
+        capture_fingerprint=inputs.spec.fingerprint,
+        target_revision=inputs.target.revision,
+        start_slot=position.num_slots,
+    )
+
+
+def make_monitor(config: RunConfig, plan: Plan, position: TrainPosition) -> FanoutMonitor:
+    return FanoutMonitor(
+        [JsonlMonitor(config.run_dir / "metrics.jsonl"), ConsoleMonitor(plan.total_steps, first_step=position.step)]
+    )

@@ -1,0 +1,118 @@
+"""What every process of a run reads first: the target's facts, the algorithm, the prompts, and the plan of it all."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from specforge.algorithms.base import Algorithm
+from specforge.algorithms.catalog import get_algorithm
+from specforge.config.run import RunConfig
+from specforge.contracts.capture import CaptureSpec, TargetInfo
+from specforge.contracts.tasks import PromptTask
+from specforge.errors import ConfigError
+from specforge.inference.target import load_tokenizer, read_target_info
+from specforge.launch.plan import DataFacts, Plan, make_plan
+from specforge.prompts.tasks import load_prompt_tasks
+
+
+@dataclass(frozen=True, slots=True)
+class TargetInputs:
+    """What the capture side needs: no prompt, no plan."""
+
+    config: RunConfig
+    target: TargetInfo
+    algorithm: Algorithm
+    spec: CaptureSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RunInputs:
+    """What the train side, the plan and the reports need."""
+
+    config: RunConfig
+    target: TargetInfo
+    algorithm: Algorithm
+    spec: CaptureSpec
+    tasks: list[PromptTask]
+    plan: Plan
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree between two processes that train the same draft: everything that changes its bits."""
+        training = self.config.training
+        return {
+            "seed": self.config.seed,
+            "algorithm": self.config.algorithm.model_dump(mode="json"),
+            "target_revision": self.target.revision,
+            "capture_dtype": self.spec.dtype,
+            "aux_layers": list(self.spec.aux_layers),
+            "data_sha256": tasks_sha256(self.tasks),
+            "shuffle": self.config.control_plane.shuffle,
+            "total_steps": self.plan.total_steps,
+            **training.model_dump(
+                mode="json",
+                include={
+                    "num_epochs", "global_batch_size", "micro_batch_tokens", "lr", "schedule", "warmup_ratio",
+                    "min_lr_ratio", "weight_decay", "betas", "max_grad_norm", "dtype",
+                },
+            ),
+        }  # fmt: skip
+
+
+def read_target_inputs(config: RunConfig) -> TargetInputs:
+    target = read_target_info(config.target.path)
+    algorithm = get_algorithm(config.algorithm)
+    return TargetInputs(config, target, algorithm, algorithm.capture_spec(target, capture_dtype(config)))
+
+
+def read_run_inputs(config: RunConfig) -> RunInputs:
+    """Read target and prompts and resolve the plan; a :class:`UserError` for everything that cannot be run."""
+    inputs = read_target_inputs(config)
+    tasks = load_prompt_tasks(config.data, load_tokenizer(config.target.path))
+    facts = DataFacts(
+        num_samples=len(tasks),
+        num_tokens=sum(task.num_tokens for task in tasks),
+        max_tokens=max(task.num_tokens for task in tasks),
+    )
+    plan = make_plan(config, inputs.target, inputs.spec, facts)
+    return RunInputs(config, inputs.target, inputs.algorithm, inputs.spec, tasks, plan)
+
+
+def tasks_sha256(tasks: list[PromptTask]) -> str:
+    """SHA-256 over ids, tokens and loss spans in order."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(repr((task.sample_id, task.input_ids, task.loss_spans)).encode())
+    return digest.hexdigest()
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {name} was asked for, but this machine has no usable CUDA device; use auto or cpu")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is float32 on a CPU and bfloat16 on CUDA."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def capture_dtype(config: RunConfig) -> str:
+    """Number format of captured features: the target's own unless the run says otherwise."""
+    if config.data_plane.capture_dtype != "auto":
+        return config.data_plane.capture_dtype
+    dtype = resolve_dtype(config.target.dtype, resolve_device(config.target.device))
+    return str(dtype).removeprefix("torch.")
+
+
+def run_id(config: RunConfig) -> str:
+    """Short name of a run on this host, a function of its directory: names its shared memory."""
+    return hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:12]

@@ -1,0 +1,168 @@
+"""RunConfig -> Plan: what would run, where, and what it costs. Pure; imports no tensor library."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from specforge.config.run import RunConfig
+from specforge.contracts.capture import CaptureSpec, TargetInfo
+from specforge.contracts.features import ITEM_BYTES, aligned
+from specforge.errors import ConfigError
+
+ARENA_SHARE = 0.75
+"""A shared-memory arena never refuses a put while at most this share of it is live."""
+MAX_SAMPLE_SHARE = 1 / 64
+"""No sample may be larger than this share of an arena."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """What the prompts are: counts and lengths in tokens."""
+
+    num_samples: int
+    num_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessPlan:
+    """One process of the run."""
+
+    name: str
+    roles: tuple[str, ...]
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is decided before a run starts. Bytes are bytes; ``bytes_per_token`` counts features."""
+
+    topology: str
+    processes: tuple[ProcessPlan, ...]
+    store: str
+    store_capacity_bytes: int | None
+    ledger: str
+    ledger_path: Path | None
+    channel: str
+    aux_layers: tuple[int, ...]
+    capture_dtype: str
+    bytes_per_token: int
+    max_sample_bytes: int
+    window_slots: int
+    window_bytes: int
+    num_samples: int
+    total_slots: int
+    total_steps: int
+    total_feature_bytes: int
+    run_dir: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ledger_path": None if self.ledger_path is None else str(self.ledger_path)}
+
+
+def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: DataFacts) -> Plan:
+    """Resolve every automatic choice; a run that cannot work is a ConfigError with the number that would do."""
+    disaggregated = config.topology == "disaggregated"
+    per_token = bytes_per_token(target, spec)
+    max_sample = sample_bytes(target, spec, data.max_tokens)
+    window_slots = config.control_plane.window_steps * config.training.global_batch_size
+    needed_steps = 2 + config.data_plane.prefetch_steps
+    if config.control_plane.window_steps < needed_steps:
+        raise ConfigError(
+            f"control_plane.window_steps is {config.control_plane.window_steps}, but with data_plane.prefetch_steps = "
+            f"{config.data_plane.prefetch_steps} the trainer waits for itself: set it to {needed_steps} or more"
+        )
+    window_bytes = window_slots * max_sample
+    store = config.data_plane.store
+    kind = store.kind
+    if kind == "auto":
+        kind = "shared_memory" if disaggregated else "local"
+    if kind == "local" and disaggregated:
+        raise ConfigError("data_plane.store.kind is local, which one process only can read: use shared_memory")
+    capacity = None
+    if kind == "shared_memory":
+        capacity = store.capacity_bytes if store.kind == "shared_memory" else default_capacity(window_bytes, max_sample)
+        check_arena(capacity, window_bytes, max_sample)
+    ledger = config.control_plane.ledger.kind
+    if ledger == "auto":
+        ledger = "sqlite" if disaggregated else "none"
+    if ledger == "none" and disaggregated:
+        raise ConfigError("control_plane.ledger.kind is none, which a disaggregated run cannot use: use sqlite")
+    total_slots = data.num_samples * config.training.num_epochs
+    total_steps = math.ceil(total_slots / config.training.global_batch_size)
+    if config.training.max_steps is not None:
+        total_steps = min(total_steps, config.training.max_steps)
+    return Plan(
+        topology=config.topology,
+        processes=_processes(config, disaggregated),
+        store=kind,
+        store_capacity_bytes=capacity,
+        ledger=ledger,
+        ledger_path=ledger_path(config) if ledger == "sqlite" else None,
+        channel="memory",
+        aux_layers=spec.aux_layers,
+        capture_dtype=spec.dtype,
+        bytes_per_token=per_token,
+        max_sample_bytes=max_sample,
+        window_slots=window_slots,
+        window_bytes=window_bytes,
+        num_samples=data.num_samples,
+        total_slots=total_slots,
+        total_steps=total_steps,
+        total_feature_bytes=per_token * data.num_tokens * config.training.num_epochs,
+        run_dir=str(config.run_dir),
+    )
+
+
+def bytes_per_token(target: TargetInfo, spec: CaptureSpec) -> int:
+    """Feature bytes of one token: auxiliary layers, last hidden state, and the int32 token id."""
+    width = (len(spec.aux_layers) + int(spec.last_hidden)) * target.hidden_size
+    return width * ITEM_BYTES[spec.dtype] + ITEM_BYTES["int32"]
+
+
+def sample_bytes(target: TargetInfo, spec: CaptureSpec, num_tokens: int) -> int:
+    """Bytes of one sample's buffer: each feature padded to the alignment."""
+    item = ITEM_BYTES[spec.dtype] * target.hidden_size * num_tokens
+    return (
+        aligned(ITEM_BYTES["int32"] * num_tokens)
+        + (aligned(item * len(spec.aux_layers)) if spec.aux_layers else 0)
+        + (aligned(item) if spec.last_hidden else 0)
+    )
+
+
+def default_capacity(window_bytes: int, max_sample: int) -> int:
+    """The smallest arena, in whole MiB and at least 64 MiB, that always holds the window."""
+    needed = max(window_bytes / ARENA_SHARE, max_sample / MAX_SAMPLE_SHARE)
+    return max(64, math.ceil(needed / 2**20)) * 2**20
+
+
+def check_arena(capacity: int, window_bytes: int, max_sample: int) -> None:
+    """Refuse an arena in which the window of a few optimizer steps could not always be resident."""
+    needed = default_capacity(window_bytes, max_sample)
+    if max_sample > capacity * MAX_SAMPLE_SHARE or window_bytes > capacity * ARENA_SHARE:
+        raise ConfigError(
+            f"data_plane.store.capacity_bytes is {capacity:,}, but the samples of the window may take {window_bytes:,} "
+            f"bytes and one sample {max_sample:,}: set it to {needed:,} or more, or lower control_plane.window_steps, "
+            "training.global_batch_size or data.max_length"
+        )
+
+
+def ledger_path(config: RunConfig) -> Path:
+    """The database file of a run with a SQLite ledger."""
+    ledger = config.control_plane.ledger
+    return (ledger.path if ledger.kind == "sqlite" else None) or config.run_dir / "ledger.sqlite"
+
+
+def _processes(config: RunConfig, disaggregated: bool) -> tuple[ProcessPlan, ...]:
+    threads = config.training.threads
+    if not disaggregated:
+        roles = ("capture", "controller", "train")
+        return (ProcessPlan("specforge", roles, config.training.device, threads),)
+    return (
+        ProcessPlan("train", ("controller", "control-plane server", "train"), config.training.device, threads),
+        ProcessPlan("capture-0", ("capture",), config.target.device, threads),
+    )

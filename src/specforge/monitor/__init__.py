@@ -1,0 +1,1 @@
+"""Where a run tells what it is doing: ``base`` (the protocol), ``jsonl``, ``console`` and ``fanout``."""

@@ -1,0 +1,3 @@
+from specforge.testing.golden.run import main
+
+main()

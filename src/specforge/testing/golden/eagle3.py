@@ -1,0 +1,392 @@
+"""Golden vectors of EAGLE-3. Each project's own conventions are rebuilt here from the product's parts.
+
+Legend: B samples, S padded length, T = B * S packed tokens (a padded sample is a document of S tokens), K steps.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specforge.algorithms.base import StepContext, TargetTables
+from specforge.algorithms.eagle3.algorithm import Eagle3
+from specforge.algorithms.eagle3.config import Eagle3DraftConfig, Eagle3Options
+from specforge.algorithms.eagle3.features import Supervision, UnrollPlan, plan_unroll, supervised_rows
+from specforge.algorithms.eagle3.loss import make_teacher, unroll, unroll_loss
+from specforge.algorithms.eagle3.model import Eagle3Draft
+from specforge.algorithms.parts.attention import packed_layout
+from specforge.algorithms.parts.vocabulary import target_ids
+from specforge.contracts.batches import TrainBatch
+from specforge.contracts.refs import Slot
+from specforge.testing.golden.report import Comparison, Kind, NotBuilt
+from specforge.testing.golden.vectors import Vector, read_vector
+
+STEP_DECAY = 0.8
+
+
+def run_eagle3(vector: Vector, result: Comparison) -> None:
+    runner = _PROJECTS.get(str(vector.facts.get("project")))
+    if runner is None or "loss" not in vector.facts:
+        raise NotBuilt(f"no runner for EAGLE-3 vectors of the project {vector.facts.get('project')!r}")
+    runner(vector, result)
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A vector turned into the product's records."""
+
+    draft: Eagle3Draft
+    tables: TargetTables
+    batch: TrainBatch[Tensor]
+    num_steps: int
+
+
+# --- SpecForge -------------------------------------------------------------------------------------------------------
+
+
+def _specforge(vector: Vector, result: Comparison) -> None:
+    """Mask not shifted (offset 0), divided by B * S. Its ``norm_output = false`` drops the norm before the head."""
+    facts = vector.facts
+    if facts.get("kw"):
+        raise NotBuilt(f"objective {facts['kw']}")
+    case = _padded_case(vector, facts["ttt_length"], facts["cfg_extra"])
+    _compare_unroll(vector, result, case)
+    output = _algorithm(case.num_steps).forward_loss(case.draft, case.tables, case.batch, StepContext(0, 1, 0))
+    size = case.batch.input_ids.numel()
+    loss = output.loss_sum / size
+    loss.backward()
+    step_losses = [output.metrics[f"loss_step_{k}"][0] / size for k in range(case.num_steps)]
+    rates = [torch.div(*output.metrics[f"acceptance_rate_{k}"]) for k in range(case.num_steps)]
+    _check_losses(vector, result, loss, step_losses)
+    _check_list(vector, result, Kind.METRICS, "acc_corrects", output.correct)
+    _check_list(vector, result, Kind.METRICS, "acc_denoms", output.count)
+    _check_list(vector, result, Kind.METRICS, "acces", output.correct.float() / output.count.float())
+    _check_list(vector, result, Kind.RATES, "acceptance_rates", torch.stack(rates))
+    _check_gradients(vector, result, case.draft)
+
+
+def _padded_case(vector: Vector, num_steps: int, extra: dict[str, Any]) -> _Case:
+    if unknown := set(extra) - {"fc_norm", "norm_output"}:
+        raise ValueError(f"unknown keys in cfg_extra: {sorted(unknown)}")
+    inputs, weights = vector.group("in"), vector.group("w")
+    config = replace(
+        _config(vector.facts["config"], inputs["aux_hidden"].shape[-1]), fc_norm=bool(extra.get("fc_norm", False))
+    )
+    draft = _draft(config, weights)
+    if not extra.get("norm_output", True):
+        draft.norm = nn.Identity()
+    tables = TargetTables(weights["embed_tokens.weight"], inputs["target_lm_head.weight"])
+    return _Case(draft, tables, _batch(inputs, inputs["loss_mask"]), num_steps)
+
+
+# --- TorchSpec -------------------------------------------------------------------------------------------------------
+
+
+def _torchspec(vector: Vector, result: Comparison) -> None:
+    """SpecForge's inputs; each step divided by its own number of rows with an in-vocabulary teacher."""
+    named = re.search(r"(\S+)\.safetensors", vector.facts["inputs"])
+    if named is None:
+        raise ValueError(f"no file named in inputs: {vector.facts['inputs']!r}")
+    source = read_vector(vector.path.parent / f"{named[1]}.json")
+    case = _padded_case(source, len(vector.facts["plosses"]), source.facts["cfg_extra"])
+    plan, supervision, teacher = _full_plan(case)
+    known = torch.zeros_like(supervision.mask)
+    known[supervision.mask] = teacher.in_vocabulary[teacher.slots[supervision.teachers[supervision.mask]]]
+    counts = known.sum(1).clamp(min=1)
+    readouts = unroll(case.draft, case.tables, case.batch, plan)
+    output = unroll_loss(case.draft, readouts, supervision, teacher, _decay(case.num_steps) / counts)
+    output.loss_sum.backward()
+    step_losses = [output.metrics[f"loss_step_{k}"][0] / counts[k] for k in range(case.num_steps)]
+    _check_losses(vector, result, output.loss_sum, step_losses)
+    _check_list(vector, result, Kind.METRICS, "acces", output.correct.float() / counts.float())
+    _check_gradients(vector, result, case.draft)
+
+
+# --- DeepSpec --------------------------------------------------------------------------------------------------------
+
+
+def _deepspec(vector: Vector, result: Comparison) -> None:
+    """Full vocabulary, query and key norms, head frozen and the target's; the mask of the last valid token is cut."""
+    inputs, weights = vector.group("in"), vector.group("w")
+    config = _config(vector.facts["config"], inputs["aux_hidden"].shape[-1])
+    draft = _draft(replace(config, qk_norm=True), weights)
+    draft.lm_head.requires_grad_(False)
+    mask = inputs["loss_mask"].clone()
+    mask[torch.arange(mask.shape[0]), inputs["attention_mask"].sum(1) - 1] = 0
+    tables = TargetTables(weights["embed_tokens.weight"], weights["lm_head.weight"])
+    case = _Case(draft, tables, _batch(inputs, mask), vector.facts["config"]["ttt"])
+    logits = _compare_unroll(vector, result, case)
+    output = _algorithm(case.num_steps).forward_loss(draft, tables, case.batch, StepContext(0, 1, 0))
+    size = case.batch.input_ids.numel()
+    loss = output.loss_sum / size
+    loss.backward()
+    metrics = vector.facts["metrics"]
+    _check_losses(vector, result, loss, [])
+    _check_gradients(vector, result, draft)
+    for k in range(case.num_steps):
+        result.check(Kind.LOSSES, f"ploss_{k}", output.metrics[f"loss_step_{k}"][0] / size, metrics[f"train/ploss_{k}"])
+        result.check(Kind.METRICS, f"valid_tokens@{k}", output.count[k], metrics[f"train/valid_tokens@{k}"])
+        accuracy = output.correct[k].double() / output.count[k].double()
+        result.check(Kind.METRICS, f"accuracy@{k}", accuracy, metrics[f"train/accuracy@{k}"])
+        rate = torch.div(*output.metrics[f"acceptance_rate_{k}"])
+        result.check(Kind.RATES, f"accept_rate@{k}", rate, metrics[f"train/accept_rate@{k}"])
+    run_sum, run_count = output.run_length
+    result.check(Kind.METRICS, "tau_greedy", run_sum.double() / run_count.double(), metrics["train/tau_greedy"])
+    result.check(Kind.RATES, "tau_probabilistic", _tau(case, logits), metrics["train/tau_probabilistic"])
+
+
+def _tau(case: _Case, logits: list[Tensor]) -> Tensor:
+    """Mean over rows supervised at step 0 of ``1 + sum_k prod_{i<=k} sum_v min(p, q)``."""
+    _, supervision, teacher = _full_plan(case)
+    accepted = []
+    for k, step in enumerate(logits):
+        slots = teacher.slots[supervision.teachers[k]].clamp(0, teacher.best.numel() - 1)
+        overlap = torch.minimum(teacher.probabilities[slots], torch.softmax(step, dim=-1)).sum(-1)
+        accepted.append(torch.where(supervision.mask[k], overlap, 0.0))
+    runs = 1 + torch.stack(accepted).cumprod(0).sum(0)
+    return runs[supervision.mask[0]].mean()
+
+
+# --- speculators -----------------------------------------------------------------------------------------------------
+
+
+def _speculators(vector: Vector, result: Comparison) -> None:
+    """One packed row whose first token of each document is dropped; ids, teacher and mask shift over documents.
+
+    Divided by the number of supervised rows of the step + 1e-5; teachers outside the draft vocabulary are kept.
+    """
+    facts, inputs, weights = vector.facts, vector.group("in"), vector.group("w")
+    config = _config(facts["config"], inputs["hidden_states"].shape[-1])
+    draft = _draft(replace(config, **facts["flags"]), weights)
+    draft.lm_head.requires_grad_(False)
+    num_steps, num_rows = facts["ttt_steps"], inputs["input_ids"].numel()
+    ids, mask = inputs["input_ids"].flatten(), inputs["loss_mask"].flatten() != 0
+    ahead = torch.arange(num_rows) + torch.arange(num_steps)[:, None]
+    tokens = ahead.clamp(max=num_rows)
+    supervised = (ahead < num_rows) & mask[ahead.clamp(max=num_rows - 1)]
+    plan = UnrollPlan(
+        context=torch.arange(num_rows),
+        rows=torch.arange(num_rows),
+        first_tokens=tokens[0],
+        tokens=tokens,
+        positions=inputs["position_ids"].flatten(),
+        layout=packed_layout(_run_lengths(inputs["document_ids"].flatten()), torch.arange(num_rows)),
+    )
+    embeddings = weights["embed_tokens.weight"][torch.cat((ids, ids.new_zeros(1)))]
+    logits = [draft.lm_head(readout) for readout in draft(inputs["hidden_states"][0], embeddings, plan)]
+    last = _rms_norm(inputs["verifier_last_hidden_states"][0], weights["verifier_norm.weight"], config.rms_norm_eps)
+    teacher = F.linear(last, weights["verifier_lm_head.weight"])
+    outcome = _SpeculatorsLoss(facts["loss_fn"], facts["ttt_step_loss_decay"])
+    total = outcome.run(logits, teacher, supervised, ahead)
+    total.backward()
+    alive = inputs["document_ids"].flatten() >= 0
+    for k, step in enumerate(logits):
+        rows = alive & (plan.tokens[k] < num_rows)
+        expected = vector.tensors[f"out.step{k}.logits"].flatten(0, 1)
+        result.check(Kind.LOGITS, f"out.step{k}.logits", step[rows], expected[rows])
+    _check_losses(vector, result, total, [])
+    for name, value in outcome.metrics.items():
+        kind = Kind.LOSSES if name.startswith("loss") else Kind.METRICS
+        result.check(kind, name, value, facts["metrics"][name])
+    _check_gradients(vector, result, draft)
+
+
+class _SpeculatorsLoss:
+    """Loss and cumulative accuracies of that project, written out on whole logits [T, W]."""
+
+    def __init__(self, loss_fn: str, decay: float) -> None:
+        self.terms: dict[str, float] = json.loads(loss_fn) if loss_fn.startswith("{") else {loss_fn: 1.0}
+        self.decay = decay
+        self.metrics: dict[str, Tensor] = {}
+
+    def run(self, logits: list[Tensor], teacher: Tensor, supervised: Tensor, ahead: Tensor) -> Tensor:
+        total = logits[0].new_zeros(())
+        correct_so_far = supervised[0]
+        for k, step in enumerate(logits):
+            mask, target = supervised[k], teacher[ahead[k].clamp(max=teacher.shape[0] - 1)]
+            row_losses = sum(weight * POSITION_LOSSES[name](step, target) for name, weight in self.terms.items())
+            loss = self.decay**k * (row_losses * mask).sum() / (mask.sum() + 1e-5)
+            total = total + loss
+            conditional = correct_so_far & (ahead[k] < teacher.shape[0])
+            correct_so_far = correct_so_far & mask & (step.argmax(-1) == target.argmax(-1))
+            self.metrics |= {
+                f"loss_{k}_sum": loss,
+                f"full_acc_{k}_sum": correct_so_far.sum(),
+                f"full_acc_{k}_total": mask.sum(),
+                f"cond_acc_{k}_sum": correct_so_far.sum(),
+                f"cond_acc_{k}_total": conditional.sum(),
+            }
+        self.metrics["loss_sum"] = total
+        return total
+
+
+def _kl(draft: Tensor, teacher: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(draft, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True).sum(-1)
+
+
+def _overlap(draft: Tensor, teacher: Tensor) -> Tensor:
+    return torch.minimum(torch.softmax(draft, -1), torch.softmax(teacher, -1)).sum(-1)
+
+
+def _jsd(draft: Tensor, teacher: Tensor) -> Tensor:
+    q, p = F.log_softmax(draft, -1), F.log_softmax(teacher, -1)
+    mix = torch.logaddexp(q, p) - torch.log(torch.tensor(2.0))
+    return 0.5 * ((p.exp() * (p - mix)).sum(-1) + (q.exp() * (q - mix)).sum(-1))
+
+
+def _lk_hybrid(draft: Tensor, teacher: Tensor) -> Tensor:
+    overlap = _overlap(draft, teacher)
+    blend = torch.exp(-3.0 * overlap.detach())
+    return blend * _kl(draft, teacher) + (1 - blend) * (1 - overlap)
+
+
+POSITION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl_div": _kl,
+    "reverse_kl": lambda draft, teacher: _kl(teacher, draft),
+    "jsd": _jsd,
+    "ce": lambda draft, teacher: F.cross_entropy(draft, teacher.argmax(-1), reduction="none"),
+    "tv": lambda draft, teacher: 1 - _overlap(draft, teacher),
+    "nla": lambda draft, teacher: -_overlap(draft, teacher).clamp(min=1e-5).log(),
+    "lk_hybrid": _lk_hybrid,
+}
+"""Per-row losses of draft and teacher logits [T, W] (algorithms.md 9.2)."""
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _config(facts: dict[str, Any], aux_width: int) -> Eagle3DraftConfig:
+    num_aux = aux_width // facts["hidden_size"]
+    return Eagle3DraftConfig(
+        hidden_size=facts["hidden_size"],
+        target_hidden_size=facts["hidden_size"],
+        intermediate_size=facts["intermediate_size"],
+        num_attention_heads=facts["heads"],
+        num_key_value_heads=facts["kv_heads"],
+        head_dim=facts["head_dim"],
+        rms_norm_eps=facts["rms_eps"],
+        rope_theta=facts["rope_theta"],
+        rope_scaling=None,
+        max_position_embeddings=2048,
+        vocab_size=facts["vocab"],
+        draft_vocab_size=facts.get("draft_vocab", facts["vocab"]),
+        aux_layers=tuple(range(num_aux)),
+        target_num_layers=num_aux + 1,
+    )
+
+
+def _draft(config: Eagle3DraftConfig, weights: dict[str, Tensor]) -> Eagle3Draft:
+    """The product's draft with the vector's weights. Every weight must have a place, except the target's."""
+    state = {
+        _product_name(name): value for name, value in weights.items() if not name.startswith(("embed", "verifier"))
+    }
+    kept = target_ids(state["d2t"]) if "d2t" in state else torch.arange(config.vocab_size)
+    draft = Eagle3Draft(config, kept)
+    state.setdefault("d2t", draft.d2t)
+    state["t2d"] = state["t2d"] != 0 if "t2d" in state else draft.t2d
+    draft.load_state_dict(state)
+    return draft
+
+
+def _product_name(name: str) -> str:
+    return name.replace("layers.0.", "midlayer.")
+
+
+def _batch(inputs: dict[str, Tensor], mask: Tensor) -> TrainBatch[Tensor]:
+    """Padded samples as documents of S tokens: what follows the valid tokens is causal and never supervised."""
+    size, length = inputs["input_ids"].shape
+    return TrainBatch(
+        input_ids=inputs["input_ids"].flatten(),
+        loss_mask=mask.flatten() != 0,
+        position_ids=torch.arange(length).repeat(size),
+        document_ids=torch.arange(size).repeat_interleave(length),
+        features={"aux": inputs["aux_hidden"].flatten(0, 1), "last": inputs["last_hidden"].flatten(0, 1)},
+        lengths=(length,) * size,
+        sample_ids=tuple(str(i) for i in range(size)),
+        slots=tuple(Slot(0, i) for i in range(size)),
+    )
+
+
+def _algorithm(num_steps: int) -> Eagle3:
+    return Eagle3(Eagle3Options(ttt_steps=num_steps, step_decay=STEP_DECAY, mask_offset=0))
+
+
+def _decay(num_steps: int) -> Tensor:
+    return torch.tensor([STEP_DECAY**k for k in range(num_steps)])
+
+
+def _full_plan(case: _Case) -> tuple[UnrollPlan, Supervision, Any]:
+    """A plan that computes every row, with SpecForge's supervision and the teacher of its rows."""
+    supervised = supervised_rows(case.batch, case.num_steps, 0)
+    plan, everything = plan_unroll(case.batch, torch.ones_like(supervised))
+    supervision = Supervision(supervised, everything.teachers)
+    return plan, supervision, make_teacher(case.draft, case.tables, case.batch, supervision)
+
+
+def _compare_unroll(vector: Vector, result: Comparison, case: _Case) -> list[Tensor]:
+    """Logits and pre-norm states of every step at the rows that have a teacher there; returns the logits."""
+    plan, _, _ = _full_plan(case)
+    outputs: list[Tensor] = []
+    hook = case.draft.norm.register_forward_hook(lambda _module, inputs, _output: outputs.append(inputs[0]))
+    with torch.no_grad():
+        logits = [case.draft.lm_head(x) for x in unroll(case.draft, case.tables, case.batch, plan)]
+    hook.remove()
+    lengths = vector.tensors["in.attention_mask"].sum(1)
+    for k in range(case.num_steps):
+        rows = (torch.arange(case.batch.lengths[0]) < (lengths - k)[:, None]).flatten()
+        for name, got in ((f"out.step{k}.logits", logits[k]), (f"out.step{k}.hidden_prenorm", outputs[k])):
+            if name in vector.tensors:
+                result.check(Kind.LOGITS, name, got[rows], vector.tensors[name].flatten(0, 1)[rows])
+    return logits
+
+
+def _check_losses(vector: Vector, result: Comparison, loss: Tensor, steps: list[Tensor]) -> None:
+    result.check(Kind.LOSSES, "loss", loss, vector.facts["loss"])
+    if "out.loss" in vector.tensors:
+        result.check(Kind.LOSSES, "out.loss", loss, vector.tensors["out.loss"])
+    if steps:
+        _check_list(vector, result, Kind.LOSSES, "plosses", torch.stack(steps))
+
+
+def _check_list(vector: Vector, result: Comparison, kind: Kind, name: str, got: Tensor) -> None:
+    """A list that the vector has in its json, its tensors, or both."""
+    if name in vector.facts:
+        result.check(kind, name, got, torch.tensor(vector.facts[name], dtype=torch.float64))
+    if f"out.{name}" in vector.tensors:
+        result.check(kind, f"out.{name}", got, vector.tensors[f"out.{name}"])
+
+
+def _check_gradients(vector: Vector, result: Comparison, draft: Eagle3Draft) -> None:
+    """Every gradient of the vector, and none of ours beyond them."""
+    mine = {name: p.grad for name, p in draft.named_parameters() if p.grad is not None}
+    expected = vector.group("grad")
+    for name, gradient in expected.items():
+        result.check(Kind.GRADIENTS, f"grad.{name}", mine.pop(_product_name(name)), gradient)
+    if mine:
+        raise ValueError(f"gradients that the vector does not have: {sorted(mine)}")
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    result.check(Kind.GRADIENTS, "grad_norm", norm, vector.facts["grad_norm"])
+
+
+def _run_lengths(document_ids: Tensor) -> tuple[int, ...]:
+    _, counts = torch.unique_consecutive(document_ids, return_counts=True)
+    return tuple(counts.tolist())
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+_PROJECTS: dict[str, Callable[[Vector, Comparison], None]] = {
+    "SpecForge": _specforge,
+    "TorchSpec": _torchspec,
+    "DeepSpec": _deepspec,
+    "speculators": _speculators,
+}

@@ -1,0 +1,37 @@
+"""Finding and reading vectors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """One vector: ``facts`` is its json, ``tensors`` its twin (``in. w. mid. out. grad.``; empty without one)."""
+
+    path: Path
+    family: str
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors whose name starts with ``prefix.``, without it."""
+        head = prefix + "."
+        return {name.removeprefix(head): value for name, value in self.tensors.items() if name.startswith(head)}
+
+
+def find_vectors(directory: Path) -> list[Path]:
+    """The json files below ``directory``, sorted."""
+    return sorted(directory.rglob("*.json"))
+
+
+def read_vector(path: Path) -> Vector:
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    twin = path.with_suffix(".safetensors")
+    return Vector(path, path.parent.name, facts, load_file(twin) if twin.exists() else {})

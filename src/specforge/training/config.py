@@ -1,0 +1,48 @@
+"""Options of the training loop (``training`` section of a run). Imports no tensor library."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class TrainingConfig(BaseModel):
+    """Length, batch, optimizer, schedule and checkpoints of a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    num_epochs: PositiveInt = Field(1, description="Passes over the samples.")
+    max_steps: PositiveInt | None = Field(
+        None, description="End after this many optimizer steps, even within an epoch; null: at the end of the epochs."
+    )
+    global_batch_size: PositiveInt = Field(16, description="Samples of one optimizer step, over all ranks.")
+    micro_batch_tokens: PositiveInt = Field(
+        2048, description="Tokens packed into one forward and backward; does not change the result."
+    )
+    lr: float = Field(1e-4, gt=0.0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate falls after the warm-up."
+    )
+    warmup_ratio: float = Field(0.015, ge=0.0, lt=1.0, description="Share of all steps with a rising learning rate.")
+    min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="Learning rate at the end, as a share of the peak.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of AdamW.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay of AdamW's first and second moment.")
+    max_grad_norm: float = Field(0.5, gt=0.0, description="Gradients are scaled down to this global 2-norm.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Number format of the draft's computations (weights and optimizer stay float32); "
+        "auto: float32 on a CPU, bfloat16 on CUDA.",
+    )
+    device: Device = Field(
+        "auto", description="Where the draft is trained: auto (CUDA when there is one), cpu, cuda or cuda:N."
+    )
+    checkpoint_every: PositiveInt = Field(100, description="Optimizer steps between two checkpoints.")
+    keep_last: PositiveInt = Field(2, description="Checkpoints kept on disk; older ones are deleted.")
+    log_every: PositiveInt = Field(1, description="Optimizer steps between two lines of the metrics log.")
+    threads: PositiveInt = Field(
+        1, description="Compute threads of each process on a CPU; the same weights need the same number."
+    )

@@ -1,0 +1,102 @@
+"""AdamW on fp32 masters with global-norm clipping (algorithms.md section 2.6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from specforge.errors import DraftError
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """AdamW's constants and the clip. ``max_grad_norm`` bounds the L2 norm of all gradients together."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.5
+
+
+class MasterOptimizer:
+    """Owns fp32 copies of lower-precision parameters; an fp32 parameter is its own master.
+
+    One ``step``: norm of all gradients in fp32, clip factor ``min(1, max_norm / (norm + 1e-6))``, AdamW on the
+    masters, parameters <- masters rounded. Gradients are ``None`` afterwards.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings) -> None:
+        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._settings = settings
+        self._masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for name, p in self._parameters.items()
+        }
+        self._adamw = torch.optim.AdamW(
+            list(self._masters.values()),
+            lr=0.0,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+
+    def step(self, lr: float) -> float:
+        """Apply the accumulated gradients with rate ``lr``; returns their norm before clipping.
+
+        A norm that is not finite changes nothing: the gradients are dropped and the caller counts it.
+        """
+        grads = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in grads.values()])))
+        if math.isfinite(norm):
+            clip = min(1.0, self._settings.max_grad_norm / (norm + 1e-6))
+            for name, grad in grads.items():
+                self._masters[name].grad = grad.float() * clip
+            for group in self._adamw.param_groups:
+                group["lr"] = lr
+            self._adamw.step()
+            self._publish()
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.grad = None
+            self._masters[name].grad = None
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for name, parameter in self._parameters.items():
+            if self._masters[name] is not parameter:
+                parameter.copy_(self._masters[name])
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Masters, moments and step counts as flat tensors: ``master.NAME``, ``exp_avg.NAME``, ..."""
+        tensors: dict[str, Tensor] = {}
+        for name, master in self._masters.items():
+            tensors[f"master.{name}"] = master.detach()
+            for key, value in self._adamw.state.get(master, {}).items():
+                tensors[f"{key}.{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state_tensors` gave; names or shapes that differ are a :class:`DraftError`."""
+        left = dict(tensors)
+        for name, master in self._masters.items():
+            saved = left.pop(f"master.{name}", None)
+            if saved is None or saved.shape != master.shape:
+                raise DraftError(f"the optimizer state has no master of {name} with shape {tuple(master.shape)}")
+            master.copy_(saved)
+            state = {
+                key: left.pop(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in left
+            }
+            if state:
+                self._adamw.state[master] = {key: value.clone() for key, value in state.items()}
+        if left:
+            raise DraftError(f"the optimizer state holds {min(left)!r}, which this draft does not have")
+        self._publish()

@@ -1,0 +1,195 @@
+import dataclasses
+
+import pytest
+import torch
+
+from specforge.contracts.refs import SampleRef, Slot, SlotRef
+from specforge.data_plane.base import PutRequest
+from specforge.data_plane.loader import FeatureDataLoader, LoaderSettings
+from specforge.data_plane.local import LocalFeatureStore
+from specforge.errors import ContractError, FeatureNotFound
+
+SETTINGS = LoaderSettings(global_batch_size=4, max_tokens=8, capture_fingerprint="capture", target_revision="target")
+
+
+class ListedRefs:
+    def __init__(self, refs):
+        self.refs = list(refs)
+
+    def get(self, max_slots):
+        taken, self.refs = self.refs[:max_slots], self.refs[max_slots:]
+        return taken
+
+
+def tensors_of(index, num_tokens):
+    generator = torch.Generator().manual_seed(index)
+    return {
+        "input_ids": torch.randint(1000, (num_tokens,), dtype=torch.int32, generator=generator),
+        "aux": torch.randn(num_tokens, 6, generator=generator).to(torch.bfloat16),
+        "last": torch.randn(num_tokens, 2, generator=generator),
+    }
+
+
+def put_samples(store, lengths):
+    items = []
+    for index, length in enumerate(lengths):
+        [stored] = store.put([PutRequest(f"s{index}", 1, tensors_of(index, length))])
+        ref = SampleRef(
+            f"s{index}",
+            1,
+            length,
+            ((1, length),) if length > 1 else (),
+            stored.store,
+            stored.key,
+            stored.num_bytes,
+            stored.features,
+            "target",
+            "capture",
+            "worker",
+        )
+        items.append(SlotRef(Slot(0, index), ref))
+    return items
+
+
+def load(items, store, **changes):
+    return FeatureDataLoader(ListedRefs(items), store, dataclasses.replace(SETTINGS, **changes))
+
+
+def test_batch_holds_each_sample_at_its_place():
+    store = LocalFeatureStore()
+    items = put_samples(store, [3, 5, 4, 2])
+    [step] = list(load(items, store))
+    assert step.slots == tuple(item.slot for item in items)
+    assert [batch.sample_ids for batch in step.micro_batches] == [("s0", "s1"), ("s2", "s3")]
+    for batch in step.micro_batches:
+        start = 0
+        for document, (name, length) in enumerate(zip(batch.sample_ids, batch.lengths, strict=True)):
+            expected = tensors_of(int(name[1:]), length)
+            rows = slice(start, start + length)
+            assert torch.equal(batch.input_ids[rows], expected["input_ids"].long())
+            assert torch.equal(batch.features["aux"][rows], expected["aux"])
+            assert torch.equal(batch.features["last"][rows], expected["last"])
+            assert batch.position_ids[rows].tolist() == list(range(length))
+            assert batch.document_ids[rows].tolist() == [document] * length
+            assert batch.loss_mask[rows].tolist() == [False] + [True] * (length - 1)
+            start += length
+        assert start == len(batch.input_ids) == len(batch.loss_mask)
+        assert batch.loss_mask.dtype == torch.bool
+        assert batch.slots == tuple(Slot(0, int(name[1:])) for name in batch.sample_ids)
+
+
+def test_claims_end_with_the_packing_and_batches_own_their_bytes():
+    store = LocalFeatureStore()
+    [step] = list(load(put_samples(store, [3]), store))
+    assert store.health().num_handles == 0
+    [batch] = step.micro_batches
+    copied = batch.features["aux"].clone()
+    store.abort([("s0", 1)])
+    assert torch.equal(batch.features["aux"], copied)
+
+
+def test_ranks_part_each_step_and_run_alike():
+    store = LocalFeatureStore()
+    items = put_samples(store, [8, 1, 8, 1, 8, 1, 3])
+    steps = [list(load(items, store, rank=rank, world_size=2)) for rank in range(2)]
+    for one, other in zip(*steps, strict=True):
+        assert one.slots == other.slots
+        assert len(one.micro_batches) == len(other.micro_batches)
+        seen = sorted(slot for step in (one, other) for batch in step.micro_batches for slot in batch.slots)
+        assert tuple(seen) == one.slots
+    assert [len(step.slots) for step in steps[0]] == [4, 3]
+
+
+def test_empty_micro_batch_has_the_widths_of_the_window():
+    store = LocalFeatureStore()
+    [step] = list(load(put_samples(store, [8, 1, 8, 1]), store, rank=1, world_size=2))
+    full, empty = step.micro_batches
+    assert full.lengths == (1, 1)
+    assert empty.lengths == empty.sample_ids == empty.slots == ()
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.features.items()} == {
+        "aux": ((0, 6), torch.bfloat16),
+        "last": ((0, 2), torch.float32),
+    }
+    for name in ("input_ids", "loss_mask", "position_ids", "document_ids"):
+        assert getattr(empty, name).shape == (0,)
+        assert getattr(empty, name).dtype == getattr(full, name).dtype
+
+
+def test_seek_equals_reading_on_and_fetches_nothing():
+    store = LocalFeatureStore()
+    items = put_samples(store, [3, 5, 4, 2, 6, 1, 1])
+    reference = load(items, store)
+    next(reference)
+    state = reference.state_dict()
+    assert state == {"num_slots": 4}
+    store.abort([(f"s{index}", 1) for index in range(4)])
+    resumed = load(items, store)
+    resumed.load_state_dict(state)
+    [step], [other] = list(resumed), list(reference)
+    assert step.slots == other.slots
+    assert torch.equal(step.micro_batches[0].features["aux"], other.micro_batches[0].features["aux"])
+
+
+def test_source_that_starts_at_the_checkpoint_loses_no_slot():
+    store = LocalFeatureStore()
+    items = put_samples(store, [3, 5, 4, 2, 6])
+    resumed = load(items[4:], store, start_slot=4)
+    resumed.load_state_dict({"num_slots": 4})
+    assert [step.slots for step in resumed] == [(Slot(0, 4),)]
+
+
+def test_bad_state_is_refused():
+    store = LocalFeatureStore()
+    loader = load(put_samples(store, [3]), store)
+    with pytest.raises(ContractError, match="num_slots"):
+        loader.load_state_dict({"num_slots": 0, "epoch": 1})
+    with pytest.raises(ContractError, match="ends at slot 1"):
+        loader.seek(2)
+    with pytest.raises(ContractError, match="cannot seek back"):
+        loader.seek(0)
+
+
+def test_features_that_are_gone_are_an_error_that_names_the_sample():
+    store = LocalFeatureStore()
+    items = put_samples(store, [3, 5])
+    store.abort([("s1", 1)])
+    with pytest.raises(FeatureNotFound, match=r"'s1'.*captured again"):
+        next(load(items, store))
+    assert store.health().num_handles == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"capture_fingerprint": "other"}, "'s1'.*capture fingerprint 'capture'.*'other'"),
+        ({"target_revision": "other"}, "'s1'.*target revision 'target'.*'other'"),
+        ({"num_tokens": 4}, r"'s1'.*input_ids.*int32 \[4\]"),
+        ({"loss_spans": ((2, 9),)}, "'s1'.*loss spans"),
+        ({"loss_spans": ((2, 3), (1, 2))}, "'s1'.*loss spans"),
+    ],
+)
+def test_sample_of_another_run_is_refused(changes, message):
+    store = LocalFeatureStore()
+    items = put_samples(store, [3, 5])
+    items[1] = SlotRef(items[1].slot, dataclasses.replace(items[1].ref, **changes))
+    with pytest.raises(ContractError, match=message):
+        next(load(items, store))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"input_ids": torch.ones(3, dtype=torch.int32), "aux": torch.ones(3, 6)},
+        {"input_ids": torch.ones(3, dtype=torch.int32), "aux": torch.ones(2, 6), "last": torch.ones(3, 2)},
+        {"input_ids": torch.ones(3, dtype=torch.int64)},
+        {"aux": torch.ones(3, 6)},
+    ],
+    ids=["dtype and names", "tokens", "id dtype", "no ids"],
+)
+def test_sample_with_other_features_is_refused(tensors):
+    store = LocalFeatureStore()
+    items = put_samples(store, [3])
+    [stored] = store.put([PutRequest("odd", 1, tensors)])
+    ref = dataclasses.replace(items[0].ref, sample_id="odd", features=stored.features, num_bytes=stored.num_bytes)
+    with pytest.raises(ContractError, match="'odd'"):
+        next(load([items[0], SlotRef(Slot(0, 1), ref)], store))

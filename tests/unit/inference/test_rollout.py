@@ -1,0 +1,213 @@
+import threading
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from specforge.contracts.capture import CaptureSpec
+from specforge.contracts.refs import SampleRef
+from specforge.contracts.tasks import PromptTask
+from specforge.control_plane.base import CommitReply, Lease, LeaseReply
+from specforge.data_plane.base import PutRequest, StoredFeatures
+from specforge.data_plane.local import LocalFeatureStore
+from specforge.errors import ControlPlaneError, EngineError, FeatureStoreError, FeatureStoreFull
+from specforge.inference.engine import CapturedSample
+from specforge.inference.huggingface import HFTargetEngine
+from specforge.inference.rollout import RolloutSettings, RolloutWorker
+
+SPEC = CaptureSpec((0, 2), True)
+
+
+class RecordingControl:
+    """Leases a fixed list of tasks once, accepts commits of the samples that are not in ``stale``."""
+
+    def __init__(self, tasks: Sequence[PromptTask], duration_s: float = 60.0, stale: Sequence[str] = ()) -> None:
+        self.waiting = list(tasks)
+        self.duration_s = duration_s
+        self.stale = set(stale)
+        self.committed: list[SampleRef] = []
+        self.failed: dict[str, str] = {}
+        self.abandoned: list[str] = []
+        self.num_heartbeats = 0
+
+    def lease(self, worker_id: str, max_tasks: int, timeout_s: float) -> LeaseReply:
+        taken, self.waiting = self.waiting[:max_tasks], self.waiting[max_tasks:]
+        return LeaseReply(tuple(Lease(task, 1, self.duration_s) for task in taken), not taken)
+
+    def commit(self, refs: Sequence[SampleRef]) -> CommitReply:
+        self.committed += [ref for ref in refs if ref.sample_id not in self.stale]
+        return CommitReply(tuple(ref.sample_id not in self.stale for ref in refs))
+
+    def fail(self, worker_id: str, sample_id: str, generation: int, reason: str) -> None:
+        self.failed[sample_id] = reason
+
+    def heartbeat(self, worker_id: str) -> None:
+        self.num_heartbeats += 1
+
+    def abandon(self, worker_id: str, reason: str) -> None:
+        self.abandoned.append(reason)
+
+
+class FailingEngine:
+    """The real engine, except that it raises, or damages features, at one sample."""
+
+    def __init__(self, engine: HFTargetEngine, sample_id: str, error: Exception | None) -> None:
+        self.info = engine.info
+        self._engine, self._sample_id, self._error = engine, sample_id, error
+
+    def capture(self, tasks: Sequence[PromptTask], spec: CaptureSpec) -> Iterator[CapturedSample]:
+        for sample in self._engine.capture(tasks, spec):
+            if sample.sample_id == self._sample_id:
+                if self._error is not None:
+                    raise self._error
+                sample.tensors["last"][1, 3] = torch.nan
+            yield sample
+
+
+def tasks(count: int) -> list[PromptTask]:
+    return [PromptTask(f"s{i}", i, tuple(range(3, 8 + i)), ((2, 5 + i),)) for i in range(count)]
+
+
+def stored_bytes(engine: HFTargetEngine, task: PromptTask) -> int:
+    (sample,) = engine.capture([task], SPEC)
+    return LocalFeatureStore().put([PutRequest("x", 1, sample.tensors)])[0].num_bytes
+
+
+def settings(**changes: object) -> RolloutSettings:
+    values = {"worker_id": "w0", "spec": SPEC, "max_tasks": 2, "poll_s": 0.1, "target_revision": "rev"}
+    return RolloutSettings(**{**values, **changes})
+
+
+def test_every_task_is_captured_put_and_committed(engine: HFTargetEngine):
+    control, store = RecordingControl(tasks(5)), LocalFeatureStore()
+    RolloutWorker(control, engine, store, settings()).run()
+    assert [ref.sample_id for ref in control.committed] == ["s0", "s1", "s2", "s3", "s4"]
+    for task, ref in zip(tasks(5), control.committed, strict=True):
+        assert (ref.num_tokens, ref.loss_spans, ref.generation) == (task.num_tokens, task.loss_spans, 1)
+        assert (ref.worker_id, ref.target_revision, ref.capture_fingerprint) == ("w0", "rev", SPEC.fingerprint)
+        ((stored, handle),) = store.get([ref])
+        (expected,) = engine.capture([task], SPEC)
+        assert all(torch.equal(stored[name], tensor) for name, tensor in expected.tensors.items())
+        store.release([handle])
+    assert not control.failed
+    assert not control.abandoned
+
+
+def test_run_once_says_whether_more_may_come(engine: HFTargetEngine):
+    worker = RolloutWorker(RecordingControl(tasks(2)), engine, LocalFeatureStore(), settings())
+    assert worker.run_once(0.0)
+    assert not worker.run_once(0.0)
+
+
+def test_features_of_a_stale_commit_are_freed(engine: HFTargetEngine):
+    control, store = RecordingControl(tasks(3), stale=["s1"]), LocalFeatureStore()
+    RolloutWorker(control, engine, store, settings()).run()
+    assert [ref.sample_id for ref in control.committed] == ["s0", "s2"]
+    assert store.health().num_samples == 2
+
+
+def test_failing_prompt_is_reported_and_the_worker_goes_on(engine: HFTargetEngine):
+    control, store = RecordingControl(tasks(4)), LocalFeatureStore()
+    RolloutWorker(control, FailingEngine(engine, "s1", RuntimeError("odd prompt")), store, settings()).run()
+    assert [ref.sample_id for ref in control.committed] == ["s0", "s2", "s3"]
+    assert list(control.failed) == ["s1"]
+    assert "odd prompt" in control.failed["s1"]
+    assert "Traceback" in control.failed["s1"]
+    assert not control.abandoned
+
+
+def test_prompt_outside_the_vocabulary_fails_alone(engine: HFTargetEngine):
+    bad = PromptTask("bad", 9, (3, 1000), ())
+    control = RecordingControl([*tasks(1), bad])
+    RolloutWorker(control, engine, LocalFeatureStore(), settings()).run()
+    assert [ref.sample_id for ref in control.committed] == ["s0"]
+    assert "token id 1000" in control.failed["bad"]
+
+
+def test_damaged_features_are_never_stored(engine: HFTargetEngine):
+    control, store = RecordingControl(tasks(2)), LocalFeatureStore()
+    RolloutWorker(control, FailingEngine(engine, "s0", None), store, settings()).run()
+    assert list(control.failed) == ["s0"]
+    assert "'last'" in control.failed["s0"]
+    assert store.health().num_samples == 1
+
+
+def test_broken_engine_abandons_the_run_and_leaves_nothing_behind(engine: HFTargetEngine):
+    control, store = RecordingControl(tasks(2)), LocalFeatureStore()
+    worker = RolloutWorker(control, FailingEngine(engine, "s1", EngineError("gone")), store, settings())
+    with pytest.raises(EngineError, match="gone"):
+        worker.run()
+    assert len(control.abandoned) == 1
+    assert "gone" in control.abandoned[0]
+    assert not control.committed
+    assert not control.failed
+    assert store.health().num_samples == 0
+
+
+def test_unreachable_control_plane_is_raised_as_it_is(engine: HFTargetEngine):
+    class Unreachable(RecordingControl):
+        def fail(self, worker_id: str, sample_id: str, generation: int, reason: str) -> None:
+            raise ControlPlaneError("no answer")
+
+    control = Unreachable(tasks(2))
+    worker = RolloutWorker(control, FailingEngine(engine, "s0", RuntimeError("x")), LocalFeatureStore(), settings())
+    with pytest.raises(ControlPlaneError, match="no answer"):
+        worker.run()
+    assert not control.abandoned
+
+
+def test_worker_waits_for_room_in_a_full_store(engine: HFTargetEngine):
+    store = LocalFeatureStore(capacity_bytes=2 * stored_bytes(engine, tasks(1)[0]))
+    freed = threading.Event()
+
+    class WaitingStore:
+        name = store.name
+        abort = staticmethod(store.abort)
+
+        def put(self, requests: Sequence[PutRequest]) -> list[StoredFeatures]:
+            try:
+                return store.put(requests)
+            except FeatureStoreFull:
+                freed.set()
+                raise
+
+    control = RecordingControl([PromptTask(f"s{i}", i, tuple(range(3, 8)), ()) for i in range(3)])
+    worker = RolloutWorker(control, engine, WaitingStore(), settings(max_tasks=1))
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    assert freed.wait(20.0)
+    store.abort([("s0", 1)])
+    thread.join(20.0)
+    assert not thread.is_alive()
+    assert [ref.sample_id for ref in control.committed] == ["s0", "s1", "s2"]
+
+
+def test_store_that_stays_full_ends_the_run(engine: HFTargetEngine):
+    store = LocalFeatureStore(capacity_bytes=stored_bytes(engine, tasks(1)[0]))
+    control = RecordingControl([PromptTask(f"s{i}", i, tuple(range(3, 8)), ()) for i in range(2)])
+    worker = RolloutWorker(control, engine, store, settings(max_tasks=1, store_wait_s=0.05))
+    with pytest.raises(FeatureStoreError, match="stayed full"):
+        worker.run()
+    assert len(control.abandoned) == 1
+
+
+def test_sample_larger_than_the_store_fails_alone(engine: HFTargetEngine):
+    store = LocalFeatureStore(capacity_bytes=stored_bytes(engine, tasks(1)[0]))
+    control = RecordingControl([PromptTask("big", 0, tuple(range(3, 60)), ()), *tasks(1)])
+    RolloutWorker(control, engine, store, settings()).run()
+    assert list(control.failed) == ["big"]
+    assert [ref.sample_id for ref in control.committed] == ["s0"]
+
+
+def test_heartbeat_is_sent_between_captures_that_take_long(engine: HFTargetEngine):
+    control = RecordingControl(tasks(3), duration_s=1e-6)
+    RolloutWorker(control, engine, LocalFeatureStore(), settings(max_tasks=3)).run()
+    assert control.num_heartbeats >= 2
+
+
+def test_stopped_worker_leases_nothing_more(engine: HFTargetEngine):
+    control = RecordingControl(tasks(4))
+    worker = RolloutWorker(control, engine, LocalFeatureStore(), settings())
+    worker.stop()
+    worker.run()
+    assert len(control.waiting) == 4

@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import torch
+
+from specforge.errors import DraftError
+from specforge.training.checkpoint import (
+    Checkpointer,
+    Provenance,
+    TrainPosition,
+    list_checkpoints,
+    load_checkpoint,
+    weights_sha256,
+)
+
+PROVENANCE = Provenance({"seed": 1}, {"h": 2}, {"path": "target"})
+
+
+def write(directory, step: int, keep_last: int = 2):
+    tensors = ({"w": torch.full((3,), float(step))}, {"master.w": torch.zeros(3), "step.w": torch.tensor(float(step))})
+    return Checkpointer(directory, keep_last).save(TrainPosition(step, step * 4, 0), tensors, PROVENANCE)
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    checkpoint = load_checkpoint(write(tmp_path, 7))
+    assert checkpoint.position == TrainPosition(7, 28, 0)
+    assert checkpoint.provenance == PROVENANCE
+    assert torch.equal(checkpoint.draft["w"], torch.full((3,), 7.0))
+    assert checkpoint.optimizer["step.w"].shape == ()
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("file", ["draft.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, file, damage):
+    write(tmp_path, 1)
+    victim = write(tmp_path, 2) / file
+    content = victim.read_bytes()
+    if damage == "remove":
+        victim.unlink()
+    else:
+        victim.write_bytes(content[: len(content) // 2] if damage == "truncate" else b"\x00" + content[1:])
+    with pytest.warns(UserWarning, match="damaged checkpoint"):
+        checkpoint = Checkpointer(tmp_path).latest()
+    assert checkpoint is not None
+    assert checkpoint.position.step == 1
+
+
+def test_a_damaged_checkpoint_is_written_again(tmp_path):
+    path = write(tmp_path, 2)
+    (path / "draft.safetensors").write_bytes(b"torn")
+    assert load_checkpoint(write(tmp_path, 2)).position.step == 2
+
+
+def test_leftovers_of_a_killed_save_are_never_chosen_and_are_removed(tmp_path):
+    write(tmp_path, 1)
+    leftover = tmp_path / ".step-00000002.4242.partial"
+    leftover.mkdir()
+    (leftover / "state.json").write_text(json.dumps({"format": 1}))
+    latest = Checkpointer(tmp_path).latest()
+    assert latest is not None
+    assert latest.position.step == 1
+    write(tmp_path, 3)
+    assert not leftover.exists()
+
+
+def test_an_empty_directory_has_no_checkpoint(tmp_path):
+    assert Checkpointer(tmp_path / "absent").latest() is None
+
+
+def test_another_format_is_refused_by_name(tmp_path):
+    state = write(tmp_path, 1) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 99}))
+    with pytest.raises(DraftError, match="format 1"):
+        load_checkpoint(state.parent)
+
+
+def test_the_weights_hash_sees_names_dtypes_shapes_and_bytes():
+    base = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
+    assert weights_sha256(base) == weights_sha256(dict(reversed(base.items())))
+    others = [
+        {"x": base["a"], "b": base["b"]},
+        {"a": base["a"].bfloat16(), "b": base["b"]},
+        {"a": base["a"].view(3, 2), "b": base["b"]},
+        {"a": base["a"] + 1e-7, "b": base["b"]},
+    ]
+    assert len({weights_sha256(state) for state in [base, *others]}) == 5

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch import nn
+
+from specforge.errors import DraftError
+from specforge.training.optimizer import MasterOptimizer, OptimizerSettings
+
+
+def make(dtype: torch.dtype, **settings):
+    generator = torch.Generator().manual_seed(0)
+    parameters = {
+        "a": nn.Parameter(torch.randn(4, 3, generator=generator).to(dtype)),
+        "b": nn.Parameter(torch.randn(5, generator=generator).to(dtype)),
+    }
+    return parameters, MasterOptimizer(parameters, OptimizerSettings(**settings))
+
+
+def give_gradients(parameters, seed: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters.values():
+        parameter.grad = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter.dtype)
+
+
+def test_model_weights_are_the_rounded_masters():
+    parameters, optimizer = make(torch.bfloat16)
+    for step in range(3):
+        give_gradients(parameters, step)
+        optimizer.step(1e-2)
+    state = optimizer.state_tensors()
+    for name, parameter in parameters.items():
+        assert state[f"master.{name}"].dtype == torch.float32
+        assert torch.equal(parameter, state[f"master.{name}"].bfloat16())
+
+
+def test_clip_uses_the_norm_of_all_gradients_together():
+    parameters, optimizer = make(torch.float32, max_grad_norm=0.5, betas=(0.0, 0.0), eps=1.0)
+    give_gradients(parameters, 1, scale=10.0)
+    gradients = torch.cat([p.grad.flatten() for p in parameters.values()])
+    before = torch.cat([p.detach().flatten().clone() for p in parameters.values()])
+    norm = optimizer.step(1.0)
+    assert norm == pytest.approx(float(gradients.norm()))
+    clipped = gradients * (0.5 / (norm + 1e-6))
+    after = torch.cat([p.detach().flatten() for p in parameters.values()])
+    # with both betas 0 and eps 1, AdamW's update is g / (|g| + 1)
+    assert torch.allclose(before - after, clipped / (clipped.abs() + 1.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_non_finite_gradients_change_nothing(poison):
+    parameters, optimizer = make(torch.float32)
+    give_gradients(parameters, 2)
+    parameters["b"].grad[0] = poison
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer.step(1e-2)
+    assert all(torch.equal(before[name], p) for name, p in parameters.items())
+    assert all(p.grad is None for p in parameters.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_optimizer_continues_with_the_same_bits(dtype):
+    straight, optimizer = make(dtype)
+    for step in range(6):
+        give_gradients(straight, step)
+        optimizer.step(1e-2)
+    first, early = make(dtype)
+    for step in range(3):
+        give_gradients(first, step)
+        early.step(1e-2)
+    resumed, late = make(dtype)
+    late.load_state_tensors({name: tensor.clone() for name, tensor in early.state_tensors().items()})
+    for step in range(3, 6):
+        give_gradients(resumed, step)
+        late.step(1e-2)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_state_of_another_draft_is_refused():
+    _, optimizer = make(torch.float32)
+    state = optimizer.state_tensors()
+    with pytest.raises(DraftError, match=r"master.*'?a'?"):
+        make(torch.float32)[1].load_state_tensors({k: v for k, v in state.items() if k != "master.a"})
+    with pytest.raises(DraftError, match=r"master\.z"):
+        make(torch.float32)[1].load_state_tensors(state | {"master.z": torch.zeros(1)})

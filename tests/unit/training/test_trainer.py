@@ -1,0 +1,187 @@
+"""The loop alone: a linear draft, batches made by hand, a recording ledger."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from specforge.algorithms.base import Algorithm, DraftModel, StepOutput, TargetTables
+from specforge.contracts.batches import StepBatches, TrainBatch
+from specforge.contracts.refs import Slot
+from specforge.errors import DraftError
+from specforge.training.checkpoint import Checkpointer, Provenance, list_checkpoints
+from specforge.training.optimizer import MasterOptimizer, OptimizerSettings
+from specforge.training.schedule import Schedule
+from specforge.training.trainer import Trainable, Trainer, TrainerSettings
+
+
+class LinearDraft(DraftModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 1, bias=False)
+        nn.init.ones_(self.fc.weight)
+
+
+class SquaredError(Algorithm):
+    """Row loss (w.x - 1)^2 over rows whose loss mask is set."""
+
+    name = "squared-error"
+
+    def capture_spec(self, target, dtype):
+        raise NotImplementedError
+
+    def draft_config(self, target):
+        raise NotImplementedError
+
+    def build_draft(self, config, tables, seed, kept_ids=None):
+        raise NotImplementedError
+
+    def proposer(self, draft, tables):
+        raise NotImplementedError
+
+    def num_supervised(self, batch):
+        return int(batch.loss_mask.sum())
+
+    def forward_loss(self, draft, tables, batch, context):
+        errors = (draft.fc(batch.features["x"]).squeeze(-1) - 1) * batch.loss_mask
+        zero = torch.zeros(())
+        return StepOutput(
+            loss_sum=(errors**2).sum(),
+            correct=torch.zeros(1),
+            count=torch.ones(1),
+            run_length=(zero, zero),
+            metrics={},
+        )
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.acks: list[tuple[tuple[Slot, ...], int]] = []
+        self.checkpoints: list[int] = []
+
+    def ack(self, slots, step):
+        self.acks.append((tuple(slots), step))
+
+    def checkpointed(self, step):
+        self.checkpoints.append(step)
+
+
+def rows(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 4, generator=generator), torch.rand(count, generator=generator) > 0.3
+
+
+def batch_of(x: torch.Tensor, mask: torch.Tensor) -> TrainBatch[torch.Tensor]:
+    count = torch.arange(len(x))
+    return TrainBatch(count, mask, count, count * 0, {"x": x}, (len(x),), ("s",), ())
+
+
+def steps(first: int, last: int, splits: int = 1):
+    for step in range(first, last):
+        x, mask = rows(step, 8)
+        parts = zip(x.chunk(splits), mask.chunk(splits), strict=True)
+        yield StepBatches(tuple(batch_of(*part) for part in parts), (Slot(0, 2 * step), Slot(0, 2 * step + 1)))
+
+
+def make(directory: Path, identity: dict | None = None, total_steps: int = 10):
+    torch.manual_seed(0)
+    draft, ledger, log = LinearDraft(), Recorder(), []
+    trainer = Trainer(
+        Trainable(
+            SquaredError(),
+            draft,
+            TargetTables(torch.zeros(1), torch.zeros(1)),
+            Provenance(identity or {"seed": 0}, {"h": 4}, {}),
+        ),
+        MasterOptimizer(dict(draft.named_parameters()), OptimizerSettings()),
+        Schedule("cosine", 1e-2, total_steps=10),
+        TrainerSettings(total_steps=total_steps, checkpoint_every=4, seed=0),
+        Checkpointer(directory),
+        ledger,
+        lambda step, scalars: log.append((step, scalars)),
+    )
+    return trainer, draft, ledger, log
+
+
+def test_every_step_is_acked_once_with_its_number_and_checkpoints_are_announced(tmp_path):
+    trainer, _, ledger, log = make(tmp_path)
+    assert trainer.fit(steps(0, 10)) is True
+    assert [step for _, step in ledger.acks] == list(range(1, 11))
+    assert [slot for slots, _ in ledger.acks for slot in slots] == [Slot(0, i) for i in range(20)]
+    assert ledger.checkpoints == [4, 8, 10]
+    assert [step for step, _ in log] == list(range(1, 11))
+
+
+def test_the_update_does_not_depend_on_how_rows_are_split_into_micro_batches(tmp_path):
+    weights = []
+    for splits in (1, 2, 8):
+        trainer, draft, *_ = make(tmp_path / str(splits))
+        trainer.fit(steps(0, 5, splits))
+        weights.append(draft.fc.weight.detach().clone())
+    assert torch.allclose(weights[0], weights[1], atol=1e-7)
+    assert torch.allclose(weights[0], weights[2], atol=1e-7)
+
+
+def test_resumed_training_ends_with_the_same_bits(tmp_path):
+    straight, draft, *_ = make(tmp_path / "straight")
+    straight.fit(steps(0, 10))
+    first, *_ = make(tmp_path / "run")
+    first.fit(steps(0, 8))
+    resumed, other, ledger, _ = make(tmp_path / "run")
+    checkpoint = Checkpointer(tmp_path / "run").latest()
+    assert checkpoint is not None
+    resumed.restore(checkpoint)
+    assert (resumed.position.step, resumed.position.num_slots) == (8, 16)
+    resumed.fit(steps(8, 10))
+    assert torch.equal(draft.fc.weight, other.fc.weight)
+    assert [step for _, step in ledger.acks] == [9, 10]
+
+
+def test_a_requested_stop_leaves_a_checkpoint_of_the_step_that_was_running(tmp_path):
+    trainer, *_ = make(tmp_path)
+
+    def interrupted():
+        for number, step in enumerate(steps(0, 10)):
+            if number == 5:
+                trainer.request_stop()
+            yield step
+
+    assert trainer.fit(interrupted()) is False
+    assert [path.name for path in list_checkpoints(tmp_path)][-1] == "step-00000006"
+
+
+def test_training_ends_at_the_last_step_although_batches_go_on(tmp_path):
+    trainer, _, ledger, _ = make(tmp_path, total_steps=3)
+    assert trainer.fit(steps(0, 10)) is True
+    assert ledger.checkpoints == [3]
+    again, _, ledger, _ = make(tmp_path, total_steps=3)
+    again.restore(Checkpointer(tmp_path).latest())
+    assert again.fit(steps(3, 10)) is True
+    assert ledger.acks == []
+
+
+def test_non_finite_features_leave_the_weights_finite_and_are_counted(tmp_path):
+    trainer, draft, _, log = make(tmp_path)
+    poisoned = StepBatches(
+        (batch_of(torch.full((2, 4), float("nan")), torch.ones(2, dtype=torch.bool)),), (Slot(0, 0),)
+    )
+    trainer.fit([*steps(0, 2), poisoned, *steps(2, 4)])
+    assert torch.isfinite(draft.fc.weight).all()
+    assert trainer.position.num_skipped_updates == 1
+    assert log[-1][1]["num_skipped_updates"] == 1
+
+
+def test_a_step_without_supervised_rows_is_consumed_without_an_update(tmp_path):
+    trainer, draft, ledger, _ = make(tmp_path)
+    before = draft.fc.weight.detach().clone()
+    trainer.fit([StepBatches((batch_of(rows(0, 3)[0], torch.zeros(3, dtype=torch.bool)),), (Slot(0, 0),))])
+    assert torch.equal(before, draft.fc.weight)
+    assert [step for _, step in ledger.acks] == [1]
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path):
+    make(tmp_path)[0].fit(steps(0, 2))
+    other, *_ = make(tmp_path, identity={"seed": 5})
+    with pytest.raises(DraftError, match="seed = 0, but this run has 5"):
+        other.restore(Checkpointer(tmp_path).latest())
