@@ -10,7 +10,6 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Hashable
 from typing import Any, TypeVar
 
 from specforge.contracts.capture import CaptureSpec, TargetInfo
@@ -88,7 +87,7 @@ def _plain(value: Any) -> Any:
 
 
 def _build(kind: type[Any], fields: dict[str, Any]) -> Any:
-    hints = _hints(kind)
+    hints = _hints(kind.__name__)
     unknown = set(fields) - set(hints)
     if unknown:
         raise ContractError(f"{kind.__name__}: unknown field {min(unknown)!r}")
@@ -103,8 +102,8 @@ def _build(kind: type[Any], fields: dict[str, Any]) -> Any:
 
 
 @functools.cache
-def _hints(kind: Hashable) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _hints(name: str) -> dict[str, Any]:
+    return typing.get_type_hints(_RECORDS[name])
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -60,10 +60,11 @@ class DemoRecipe:
     response_tokens: int = 80
     generation_batch_size: int = 64
     num_epochs: int = 1
-    global_batch_size: int = 16
-    micro_batch_tokens: int = 2048
-    lr: float = 2e-3
-    checkpoint_every: int = 16
+    global_batch_size: int = 8
+    micro_batch_tokens: int = 1024
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: float = 1e-2
+    checkpoint_every: int = 32
     num_eval_prompts: int = 32
     num_untrained_eval_prompts: int = 8
     eval_new_tokens: int = 64
@@ -128,6 +129,7 @@ class Demo:
                 num_epochs=recipe.num_epochs,
                 global_batch_size=recipe.global_batch_size,
                 micro_batch_tokens=recipe.micro_batch_tokens,
+                optimizer=recipe.optimizer,
                 lr=recipe.lr,
                 checkpoint_every=recipe.checkpoint_every,
                 dtype="float32",
@@ -256,7 +258,7 @@ def make_report(
         "topology": demo.topology,
         "algorithm": demo.algorithm,
         "seed": demo.seed,
-        "recipe": asdict(demo.recipe),
+        "configuration": asdict(demo.recipe),
     }
 
 

@@ -212,7 +212,10 @@ def make_trainer(
     training, plan = inputs.config.training, inputs.plan
     device = resolve_device(training.device)
     optimizer = OptimizerSettings(
-        betas=training.betas, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm
+        kind=training.optimizer,
+        betas=training.betas,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
     )
     return Trainer(
         trainable,

@@ -56,7 +56,7 @@ class RunInputs:
                 mode="json",
                 include={
                     "num_epochs", "global_batch_size", "micro_batch_tokens", "lr", "schedule", "warmup_ratio",
-                    "min_lr_ratio", "weight_decay", "betas", "max_grad_norm", "dtype",
+                    "min_lr_ratio", "optimizer", "weight_decay", "betas", "max_grad_norm", "dtype",
                 },
             ),
         }  # fmt: skip

@@ -1,7 +1,7 @@
 """A target small enough for tests: a few seconds to train, deterministic, cached on disk by its recipe.
 
-Its text is generated (arithmetic, records, small stories), so a few steps teach it enough for a draft to have something to
-predict. Sizes: 8 layers (the default capture layers are distinct), hidden size 64, vocabulary 384.
+Its text is generated (arithmetic, records, small stories), so a few steps teach it enough for a draft to have something
+to predict. Sizes: 8 layers (the default capture layers are distinct), hidden size 64, vocabulary 384.
 """
 
 from __future__ import annotations

@@ -29,7 +29,11 @@ class TrainingConfig(BaseModel):
     )
     warmup_ratio: float = Field(0.015, ge=0.0, lt=1.0, description="Share of all steps with a rising learning rate.")
     min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="Learning rate at the end, as a share of the peak.")
-    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of AdamW.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: the draft's matrices by Muon, tables and norms by AdamW; adamw: everything by AdamW.",
+    )
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay of AdamW's first and second moment.")
     max_grad_norm: float = Field(0.5, gt=0.0, description="Gradients are scaled down to this global 2-norm.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -1,21 +1,32 @@
-"""AdamW on fp32 masters with global-norm clipping (algorithms.md section 2.6)."""
+"""AdamW, or Muon for the matrices, on fp32 masters with global-norm clipping (algorithms.md section 2.6)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from specforge.errors import DraftError
 
+OptimizerKind = Literal["adamw", "muon"]
+
+TABLES = ("lm_head.weight", "embed_tokens.weight")
+"""Two-dimensional parameters that are lookup tables: AdamW's, whatever the optimizer of the matrices is."""
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
-    """AdamW's constants and the clip. ``max_grad_norm`` bounds the L2 norm of all gradients together."""
+    """``max_grad_norm`` bounds the L2 norm of all gradients together; betas and eps are AdamW's.
 
+    ``muon`` updates the matrices by orthogonalised momentum (momentum 0.95, update scaled to the RMS of AdamW's, so
+    that one learning rate serves both; arXiv 2502.16982, eq. 4), everything else by AdamW.
+    """
+
+    kind: OptimizerKind = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -25,7 +36,7 @@ class OptimizerSettings:
 class MasterOptimizer:
     """Owns fp32 copies of lower-precision parameters; an fp32 parameter is its own master.
 
-    One ``step``: norm of all gradients in fp32, clip factor ``min(1, max_norm / (norm + 1e-6))``, AdamW on the
+    One ``step``: norm of all gradients in fp32, clip factor ``min(1, max_norm / (norm + 1e-6))``, update of the
     masters, parameters <- masters rounded. Gradients are ``None`` afterwards.
     """
 
@@ -36,14 +47,7 @@ class MasterOptimizer:
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in self._parameters.items()
         }
-        self._adamw = torch.optim.AdamW(
-            list(self._masters.values()),
-            lr=0.0,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            foreach=True,
-        )
+        self._owners = _owners(self._masters, settings)
 
     def step(self, lr: float) -> float:
         """Apply the accumulated gradients with rate ``lr``; returns their norm before clipping.
@@ -56,9 +60,10 @@ class MasterOptimizer:
             clip = min(1.0, self._settings.max_grad_norm / (norm + 1e-6))
             for name, grad in grads.items():
                 self._masters[name].grad = grad.float() * clip
-            for group in self._adamw.param_groups:
-                group["lr"] = lr
-            self._adamw.step()
+            for optimizer in {id(owner): owner for owner in self._owners.values()}.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
             self._publish()
         self.zero_grad()
         return norm
@@ -79,7 +84,7 @@ class MasterOptimizer:
         tensors: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             tensors[f"master.{name}"] = master.detach()
-            for key, value in self._adamw.state.get(master, {}).items():
+            for key, value in self._owners[name].state.get(master, {}).items():
                 tensors[f"{key}.{name}"] = value
         return tensors
 
@@ -92,11 +97,37 @@ class MasterOptimizer:
             if saved is None or saved.shape != master.shape:
                 raise DraftError(f"the optimizer state has no master of {name} with shape {tuple(master.shape)}")
             master.copy_(saved)
-            state = {
-                key: left.pop(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in left
-            }
-            if state:
-                self._adamw.state[master] = {key: value.clone() for key, value in state.items()}
+            keys = [key for key in left if key.partition(".")[2] == name]
+            if keys:
+                self._owners[name].state[master] = {key.partition(".")[0]: left.pop(key).clone() for key in keys}
         if left:
             raise DraftError(f"the optimizer state holds {min(left)!r}, which this draft does not have")
         self._publish()
+
+
+def _owners(masters: Mapping[str, nn.Parameter], settings: OptimizerSettings) -> dict[str, torch.optim.Optimizer]:
+    """Which optimizer updates which master."""
+    is_matrix = {name: master.ndim == 2 and not name.endswith(TABLES) for name, master in masters.items()}
+    matrices = [name for name in masters if settings.kind == "muon" and is_matrix[name]]
+    others = [name for name in masters if name not in matrices]
+    owners: dict[str, torch.optim.Optimizer] = {}
+    if matrices:
+        muon = torch.optim.Muon(
+            [masters[name] for name in matrices],
+            lr=0.0,
+            weight_decay=settings.weight_decay,
+            momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        owners |= dict.fromkeys(matrices, muon)
+    if others:
+        adamw = torch.optim.AdamW(
+            [masters[name] for name in others],
+            lr=0.0,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+        owners |= dict.fromkeys(others, adamw)
+    return owners

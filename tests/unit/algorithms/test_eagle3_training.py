@@ -125,3 +125,19 @@ def test_kept_ids_must_fit_the_draft_vocabulary(lab, eagle3):
     config = lab.draft(algorithm, tables, draft_vocab_size=13).config
     with pytest.raises(ConfigError, match="draft vocabulary of 13 out of 40, got 40"):
         algorithm.build_draft(config, tables, seed=0)
+
+
+def test_bfloat16_autocast_gives_the_same_loss_and_gradients_to_its_precision(lab, pack, eagle3, run_loss):
+    algorithm, tables = eagle3(ttt_steps=3), lab.tables()
+    draft, batch = lab.draft(algorithm, tables), pack([lab.document(20), lab.document(11)])
+    results = []
+    for enabled in (False, True):
+        draft.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = run_loss(algorithm, draft, tables, batch)
+        output.loss_sum.backward()
+        results.append((output.loss_sum.detach(), {name: p.grad.clone() for name, p in draft.named_parameters()}))
+    (exact, exact_grads), (rounded, rounded_grads) = results
+    assert torch.allclose(exact, rounded, rtol=2e-2)
+    for name, grad in exact_grads.items():
+        assert (grad - rounded_grads[name]).norm() <= 0.1 * grad.norm() + 1e-6, name

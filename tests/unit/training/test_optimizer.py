@@ -56,17 +56,18 @@ def test_non_finite_gradients_change_nothing(poison):
     assert all(p.grad is None for p in parameters.values())
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resumed_optimizer_continues_with_the_same_bits(dtype):
-    straight, optimizer = make(dtype)
+def test_resumed_optimizer_continues_with_the_same_bits(dtype, kind):
+    straight, optimizer = make(dtype, kind=kind)
     for step in range(6):
         give_gradients(straight, step)
         optimizer.step(1e-2)
-    first, early = make(dtype)
+    first, early = make(dtype, kind=kind)
     for step in range(3):
         give_gradients(first, step)
         early.step(1e-2)
-    resumed, late = make(dtype)
+    resumed, late = make(dtype, kind=kind)
     late.load_state_tensors({name: tensor.clone() for name, tensor in early.state_tensors().items()})
     for step in range(3, 6):
         give_gradients(resumed, step)
@@ -81,3 +82,19 @@ def test_state_of_another_draft_is_refused():
         make(torch.float32)[1].load_state_tensors({k: v for k, v in state.items() if k != "master.a"})
     with pytest.raises(DraftError, match=r"master\.z"):
         make(torch.float32)[1].load_state_tensors(state | {"master.z": torch.zeros(1)})
+
+
+def test_muon_updates_matrices_with_orthogonal_steps_and_leaves_tables_and_norms_to_adamw():
+    generator = torch.Generator().manual_seed(0)
+    names = {"layer.weight": (6, 4), "lm_head.weight": (6, 4), "norm.weight": (4,)}
+    parameters = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in names.items()}
+    optimizer = MasterOptimizer(parameters, OptimizerSettings(kind="muon", max_grad_norm=1e9))
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    give_gradients(parameters, 3)
+    optimizer.step(0.1)
+    update = before["layer.weight"] - parameters["layer.weight"].detach()
+    singular = torch.linalg.svdvals(update / (0.1 * 0.2 * 6**0.5))
+    assert singular.min() > 0.6
+    assert singular.max() < 1.3
+    for name in ("lm_head.weight", "norm.weight"):  # AdamW's first step is the sign of the gradient
+        assert torch.allclose((before[name] - parameters[name]).abs(), torch.full_like(before[name], 0.1), atol=1e-3)

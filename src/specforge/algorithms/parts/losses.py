@@ -97,6 +97,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, teacher: Teacher, teacher_rows: Tensor, weights: Tensor, learn: bool
     ) -> tuple[Tensor, ...]:
         num_rows = hidden.shape[0]
+        matrix = head.to(hidden.dtype)  # under autocast, hidden is in the lower precision and the head is not
         grad_hidden = torch.empty_like(hidden) if learn and ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if learn and ctx.needs_input_grad[1] else None
         entropy = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
@@ -104,7 +105,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         step = max(1, LOSS_CHUNK_ELEMENTS // head.shape[0])
         for start in range(0, num_rows, step):
             chunk = slice(start, start + step)
-            logits = torch.nn.functional.linear(hidden[chunk], head).float()
+            logits = torch.nn.functional.linear(hidden[chunk], matrix).float()
             probabilities = teacher.probabilities.index_select(0, teacher_rows[chunk])
             highest, proposal[chunk] = logits.max(-1)
             agreement = torch.linalg.vecdot(probabilities, logits)
@@ -115,7 +116,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None or grad_head is not None:
                 slope = (draft - probabilities).mul_(weights[chunk].unsqueeze(-1)).to(hidden.dtype)
                 if grad_hidden is not None:
-                    torch.mm(slope, head, out=grad_hidden[chunk])
+                    torch.mm(slope, matrix, out=grad_hidden[chunk])
                 if grad_head is not None:
                     grad_head += (slope.T @ hidden[chunk]).float()
             full = probabilities.mul_(teacher.kept_mass[teacher_rows[chunk]].unsqueeze(-1))

@@ -1,0 +1,131 @@
+"""One path, every topology: the same weights, whatever is killed on the way."""
+
+import json
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import runs
+
+from specforge.config.load import load_run_config
+from specforge.launch.compose import run_disagg_online_interleaved
+from specforge.launch.inputs import run_id
+
+
+def leftovers(run_yaml: Path) -> list[str]:
+    """Shared memory of the run that is still there."""
+    return [path.name for path in Path("/dev/shm").iterdir() if run_id(load_run_config(run_yaml)) in path.name]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_target_dir) -> str:
+    """The weights of the colocated run."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    run_yaml = runs.write_run(directory, tiny_target_dir)
+    result = runs.specforge(directory, "train", "-c", str(run_yaml), "--json").succeed()
+    assert result["step"] == 12
+    assert result["ledger"]["num_slots_trained"] == 48
+    assert result["ledger"]["num_unique_samples_trained"] == 24
+    return result["draft_weights_sha256"]
+
+
+def test_a_disaggregated_run_gives_the_same_weights_and_trains_while_capture_goes_on(
+    tmp_path, tiny_target_dir, undisturbed
+):
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated")
+    result = runs.specforge(tmp_path, "train", "-c", str(run_yaml), "--json").succeed()
+    assert result["draft_weights_sha256"] == undisturbed
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = next(record for record in records if record.get("event") == "first_step")
+    assert first["num_captured"] < first["num_slots"] == 48
+    assert leftovers(run_yaml) == []
+
+
+def test_both_halves_in_one_process_give_the_same_weights(tmp_path, tiny_target_dir, undisturbed):
+    config = load_run_config(runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated"))
+    assert run_disagg_online_interleaved(config).draft_weights_sha256 == undisturbed
+
+
+def test_the_weights_do_not_depend_on_prefetching_or_the_window(tmp_path, tiny_target_dir, undisturbed):
+    config = load_run_config(
+        runs.write_run(
+            tmp_path,
+            tiny_target_dir,
+            topology="disaggregated",
+            control_plane__window_steps=7,
+            data_plane__prefetch_steps=0,
+            control_plane__ledger={"kind": "memory"},
+        )
+    )
+    assert run_disagg_online_interleaved(config).draft_weights_sha256 == undisturbed
+
+
+@pytest.mark.parametrize("victim", ["parent", "train", "capture-0"])
+def test_a_killed_disaggregated_run_resumes_to_the_same_weights(tmp_path, tiny_target_dir, undisturbed, victim):
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated")
+    command = runs.specforge(tmp_path / "first", "train", "-c", str(run_yaml), "--json")
+    runs.wait_until(lambda: runs.num_steps(tmp_path / "run") >= 3, "three steps")
+    family = command.family()
+    runs.kill(family[victim])
+    assert command.wait() != 0
+    psutil.wait_procs(family.values(), timeout=runs.DEADLINE_S)
+    assert not any(process.is_running() for process in family.values())
+    if victim != "parent":
+        assert f"the {victim} process failed: killed by SIGKILL" in command.stderr.read_text()
+    resumed = runs.specforge(tmp_path / "second", "train", "-c", str(run_yaml), "--resume", "--json").succeed()
+    assert resumed["draft_weights_sha256"] == undisturbed
+    assert resumed["ledger"]["num_slots_trained"] == 48
+    assert leftovers(run_yaml) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_colocated_run_resumes_to_the_same_weights(tmp_path, tiny_target_dir, undisturbed, number):
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir)
+    command = runs.specforge(tmp_path / "first", "train", "-c", str(run_yaml), "--json")
+    runs.wait_until(lambda: runs.num_steps(tmp_path / "run") >= 3, "three steps")
+    command.process.send_signal(number)
+    code = command.wait()
+    if number != signal.SIGKILL:
+        assert code == 130
+        assert "--resume" in command.stderr.read_text()
+    resumed = runs.specforge(tmp_path / "second", "train", "-c", str(run_yaml), "--resume", "--json").succeed()
+    assert resumed["draft_weights_sha256"] == undisturbed
+
+
+def test_ctrl_c_on_a_disaggregated_run_leaves_one_that_resumes(tmp_path, tiny_target_dir, undisturbed):
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated")
+    command = runs.specforge(tmp_path / "first", "train", "-c", str(run_yaml), "--json")
+    runs.wait_until(lambda: runs.num_steps(tmp_path / "run") >= 3, "three steps")
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait() == 130, command.stderr.read_text()
+    assert leftovers(run_yaml) == []
+    resumed = runs.specforge(tmp_path / "second", "train", "-c", str(run_yaml), "--resume", "--json").succeed()
+    assert resumed["draft_weights_sha256"] == undisturbed
+
+
+def test_a_failing_capture_process_is_reported_with_its_own_words(tmp_path, tiny_target_dir):
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated", training__checkpoint_every=1)
+    command = runs.specforge(tmp_path / "first", "train", "-c", str(run_yaml), "--json")
+    runs.wait_until(lambda: runs.num_steps(tmp_path / "run") >= 1, "one step")
+    # the target changes under the run: the resumed run must refuse it, not train on it
+    command.process.send_signal(signal.SIGTERM)
+    command.wait()
+    changed = tmp_path / "target"
+    changed.mkdir()
+    for path in tiny_target_dir.iterdir():
+        (changed / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(settings | {"rope_theta": 12345.0, "sliding_window": 7}))
+    other = runs.write_run(tmp_path, changed, topology="disaggregated", training__checkpoint_every=1)
+    refused = runs.specforge(tmp_path / "second", "train", "-c", str(other), "--resume", "--json")
+    assert refused.wait() == 2
+    assert "target_revision" in refused.stderr.read_text()
+
+
+def test_a_directory_that_holds_a_run_is_refused_without_resume(tmp_path, tiny_target_dir):
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, training__max_steps=1)
+    runs.specforge(tmp_path / "first", "train", "-c", str(run_yaml), "--json").succeed()
+    again = runs.specforge(tmp_path / "second", "train", "-c", str(run_yaml))
+    assert again.wait() == 2
+    assert "already holds a run" in again.stderr.read_text()
