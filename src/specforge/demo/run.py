@@ -55,9 +55,9 @@ PACKAGED_TARGET = Path(__file__).parent / "target_model"
 class DemoRecipe:
     """The demo's fixed sizes. Counts, never the clock, decide what is trained."""
 
-    num_responses: int = 1536
+    num_responses: int = 3072
     prompt_tokens: int = 48
-    response_tokens: int = 80
+    response_tokens: int = 64
     generation_batch_size: int = 64
     num_epochs: int = 1
     global_batch_size: int = 8

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+
+from specforge.demo.corpus import Module, standard_library_modules
+from specforge.demo.prompts import CutPrompt, cut_prompts, record_responses
+from specforge.demo.run import PACKAGED_TARGET, DemoOptions, DemoRecipe, open_demo, trained_modules
+from specforge.errors import DataError, UserError
+from specforge.inference.engine import Generation
+from specforge.inference.target import load_tokenizer, read_target_info
+
+
+class CountingEngine:
+    """Continues every prompt with its length and the number of prompts in the batch."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.calls = 0
+        self._fail_at = fail_at
+
+    def generate(self, prompts, max_new_tokens):
+        if self.calls == self._fail_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return [Generation((len(prompt), len(prompts)), False) for prompt in prompts]
+
+
+PROMPTS = [CutPrompt("m", tuple(range(n + 1))) for n in range(10)]
+
+
+def test_an_interrupted_recording_ends_as_the_undisturbed_one(tmp_path):
+    list(record_responses(CountingEngine(), PROMPTS, tmp_path / "whole", 4, 2))
+    path = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        list(record_responses(CountingEngine(fail_at=1), PROMPTS, path, 4, 2))
+    with path.open("ab") as file:  # a batch of which two rows, and a half, reached the disk
+        file.write(b'{"input_ids":[1]}\n{"input_ids":[2]}\n{"inpu')
+    engine = CountingEngine()
+    assert list(record_responses(engine, PROMPTS, path, 4, 2)) == [4, 8, 10]
+    assert engine.calls == 2
+    assert path.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_complete_recording_is_not_made_again(tmp_path):
+    path = tmp_path / "responses"
+    list(record_responses(CountingEngine(), PROMPTS, path, 4, 2))
+    again = CountingEngine()
+    assert list(record_responses(again, PROMPTS, path, 4, 2)) == [10]
+    assert again.calls == 0
+
+
+def test_only_the_response_is_under_the_loss(tmp_path):
+    path = tmp_path / "responses"
+    list(record_responses(CountingEngine(), PROMPTS, path, 4, 2))
+    for prompt, line in zip(PROMPTS, path.read_text().splitlines(), strict=True):
+        row = json.loads(line)
+        length = len(prompt.input_ids)
+        assert row["input_ids"][:length] == list(prompt.input_ids)
+        assert row["loss_spans"] == [[length, length + 2]]
+
+
+def test_prompts_are_a_function_of_modules_and_key_and_never_repeat():
+    tokenizer = load_tokenizer(PACKAGED_TARGET)
+    modules = [module for module in standard_library_modules() if module.held_out][:10]
+    first = cut_prompts(modules, tokenizer, 20, 16, "a")
+    assert first == cut_prompts(modules, tokenizer, 20, 16, "a")
+    assert first != cut_prompts(modules, tokenizer, 20, 16, "b")
+    assert len({prompt.input_ids for prompt in first}) == 20
+    assert all(len(prompt.input_ids) == 16 for prompt in first)
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(DataError, match="long enough"):
+        cut_prompts([Module("m", "x" * 10)], load_tokenizer(PACKAGED_TARGET), 1, 16, "a")
+
+
+def test_the_packaged_target_was_trained_on_no_held_out_module():
+    names = trained_modules(PACKAGED_TARGET)
+    held_out = [module.name for module in standard_library_modules() if module.held_out]
+    assert len(held_out) > 20
+    assert not names & set(held_out)
+
+
+def test_the_packaged_target_is_an_ordinary_directory_of_the_promised_size():
+    info = read_target_info(PACKAGED_TARGET)
+    assert info.model_type == "qwen3"
+    assert info.num_layers >= 8
+    assert sum(path.stat().st_size for path in PACKAGED_TARGET.iterdir()) < 8_000_000
+
+
+def test_a_demo_directory_is_continued_only_with_what_it_was_begun_with(tmp_path):
+    out = tmp_path / "demo"
+    begun = open_demo(DemoOptions(out, seed=3, topology="disaggregated"), DemoRecipe(num_responses=8))
+    with pytest.raises(UserError, match="add --resume"):
+        open_demo(DemoOptions(out), DemoRecipe())
+    with pytest.raises(UserError, match="begun with seed 3, not 4"):
+        open_demo(DemoOptions(out, seed=4, resume=True), DemoRecipe())
+    assert open_demo(DemoOptions(out, resume=True), DemoRecipe()) == begun
+
+
+def test_a_directory_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "precious").write_text("")
+    with pytest.raises(UserError, match="not empty"):
+        open_demo(DemoOptions(tmp_path), DemoRecipe())
