@@ -46,7 +46,7 @@ format: $(VENV)/.dev ## reformat and apply safe fixes
 	$(BIN)/ruff check --fix .
 
 test: $(VENV)/.dev ## the test suite (a few minutes)
-	$(BIN)/python -m pytest -m 'not full' $(ARGS)
+	$(BIN)/python -m pytest -m 'not full' --numprocesses 2 --dist loadfile $(ARGS)
 
 test-full: $(VENV)/.dev ## what is slow: the whole demo, killed and resumed
 	$(BIN)/python -m pytest -m full $(ARGS)

@@ -116,3 +116,11 @@ def num_steps(run_dir: Path) -> int:
 
 def kill(process: psutil.Process) -> None:
     process.send_signal(signal.SIGKILL)
+
+
+def busy_share(process: psutil.Process, seconds: float) -> float:
+    """Share of a core that ``process`` used during the next ``seconds``."""
+    before, started = process.cpu_times(), time.monotonic()
+    time.sleep(seconds)
+    after = process.cpu_times()
+    return (after.user + after.system - before.user - before.system) / (time.monotonic() - started)

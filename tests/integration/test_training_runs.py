@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import runs
+from safetensors.torch import load_file, save_file
 
 from specforge.config.load import load_run_config
 from specforge.launch.compose import run_disagg_online_interleaved
@@ -104,23 +105,57 @@ def test_ctrl_c_on_a_disaggregated_run_leaves_one_that_resumes(tmp_path, tiny_ta
     assert resumed["draft_weights_sha256"] == undisturbed
 
 
-def test_a_failing_capture_process_is_reported_with_its_own_words(tmp_path, tiny_target_dir):
-    run_yaml = runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated", training__checkpoint_every=1)
-    command = runs.specforge(tmp_path / "first", "train", "-c", str(run_yaml), "--json")
-    runs.wait_until(lambda: runs.num_steps(tmp_path / "run") >= 1, "one step")
-    # the target changes under the run: the resumed run must refuse it, not train on it
-    command.process.send_signal(signal.SIGTERM)
-    command.wait()
-    changed = tmp_path / "target"
-    changed.mkdir()
-    for path in tiny_target_dir.iterdir():
-        (changed / path.name).write_bytes(path.read_bytes())
-    settings = json.loads((changed / "config.json").read_text())
-    (changed / "config.json").write_text(json.dumps(settings | {"rope_theta": 12345.0, "sliding_window": 7}))
-    other = runs.write_run(tmp_path, changed, topology="disaggregated", training__checkpoint_every=1)
-    refused = runs.specforge(tmp_path / "second", "train", "-c", str(other), "--resume", "--json")
+@pytest.mark.parametrize(("stopped", "blocked"), [("train", "capture-0"), ("capture-0", "train")])
+def test_a_blocked_side_of_a_disaggregated_run_does_not_poll(tmp_path, tiny_target_dir, stopped, blocked):
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated", training__num_epochs=200)
+    command = runs.specforge(tmp_path, "train", "-c", str(run_yaml))
+    try:
+        runs.wait_until(lambda: runs.num_steps(tmp_path / "run") >= 3, "three steps")
+        family = command.family()
+        family[stopped].suspend()
+        # what is in flight is used up first; from then on the other side has nothing to do
+        runs.wait_until(lambda: runs.busy_share(family[blocked], 0.5) < 0.02, f"{blocked} blocks")
+        assert runs.busy_share(family[blocked], 4.0) < 0.02
+        assert runs.busy_share(family["parent"], 1.0) < 0.02
+        family[stopped].resume()
+        steps = runs.num_steps(tmp_path / "run")
+        runs.wait_until(lambda: runs.num_steps(tmp_path / "run") > steps, "the run goes on")
+    finally:
+        for process in command.family().values():
+            process.kill()
+        command.wait()
+
+
+def copy_of(target: Path, directory: Path) -> Path:
+    directory.mkdir()
+    for path in target.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    return directory
+
+
+def test_a_run_is_not_resumed_on_a_target_that_changed(tmp_path, tiny_target_dir):
+    target = copy_of(tiny_target_dir, tmp_path / "target")
+    run_yaml = runs.write_run(tmp_path, target, training__max_steps=2)
+    runs.specforge(tmp_path / "first", "train", "-c", str(run_yaml), "--json").succeed()
+    settings = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-3}))
+    refused = runs.specforge(tmp_path / "second", "train", "-c", str(run_yaml), "--resume")
     assert refused.wait() == 2
     assert "target_revision" in refused.stderr.read_text()
+
+
+@pytest.mark.parametrize("topology", ["colocated", "disaggregated"])
+def test_a_target_that_gives_nans_ends_the_run_with_that_reason(tmp_path, tiny_target_dir, topology):
+    target = copy_of(tiny_target_dir, tmp_path / "target")
+    weights = load_file(target / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    run_yaml = runs.write_run(tmp_path, target, topology=topology)
+    command = runs.specforge(tmp_path / "run-output", "train", "-c", str(run_yaml))
+    assert command.wait() == 1
+    complaint = command.stderr.read_text()
+    assert "quarantined" in complaint
+    assert "NaN or infinite values in feature 'aux'" in complaint
 
 
 def test_a_directory_that_holds_a_run_is_refused_without_resume(tmp_path, tiny_target_dir):
