@@ -55,11 +55,12 @@ PACKAGED_TARGET = Path(__file__).parent / "target_model"
 class DemoRecipe:
     """The demo's fixed sizes. Counts, never the clock, decide what is trained."""
 
-    num_responses: int = 3072
+    num_responses: int = 2560
     prompt_tokens: int = 48
     response_tokens: int = 64
     generation_batch_size: int = 64
     num_epochs: int = 1
+    eagle31: bool = True  # the norms of EAGLE-3.1: a small draft learns about twice as fast with them
     global_batch_size: int = 8
     micro_batch_tokens: int = 1024
     optimizer: Literal["adamw", "muon"] = "muon"
@@ -124,7 +125,7 @@ class Demo:
             topology=self.topology,
             target=TargetConfig(path=self.target_dir, dtype="float32", device="cpu"),
             data=DataConfig(path=self.responses, format="tokens"),
-            algorithm=Eagle3Options(),
+            algorithm=Eagle3Options(fc_norm=recipe.eagle31, norm_output=recipe.eagle31),
             training=TrainingConfig(
                 num_epochs=recipe.num_epochs,
                 global_batch_size=recipe.global_batch_size,

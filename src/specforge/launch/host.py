@@ -6,7 +6,8 @@ that the parent is gone, and the child stops. Nothing polls: a thread a child bl
 blocks on one queue.
 
 Children run in sessions of their own, so a Ctrl-C reaches the parent alone, which ends them in order: the trainer
-first (it writes a checkpoint), then the capture processes.
+first (it writes a checkpoint), then the capture processes. What a child says after it was told to stop is no failure;
+a capture process that leaves before the trainer, without having been told, is one.
 """
 
 from __future__ import annotations
@@ -35,13 +36,17 @@ Event = Literal["endpoint", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """One child: ``role`` is the argument of ``specforge.launch.roles``. ``log_file`` takes its output, if any."""
+    """One child: ``role`` is the argument of ``specforge.launch.roles``. ``log_file`` takes its output, if any.
+
+    ``keep_open`` are file descriptors of this process that the child inherits: locks that it must hold too.
+    """
 
     name: str
     role: Literal["train", "capture"]
     config_file: Path
     log_file: Path | None
     resume: bool = False
+    keep_open: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class _Child:
     process: subprocess.Popen[bytes]
     reports: IO[bytes]
     last: Report | None = None
+    told_to_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +108,10 @@ class HostExecutor:
                             self._broadcast(event)
                         continue
                     running.discard(name)
-                    if failure is None and not _ended_well(child, event):
+                    if not child.told_to_stop and not _ended_well(child, event):
                         failure = (name, _describe(child, event))
                         user_error = bool(child.last and child.last.fields.get("user_error"))
-                        self._stop(running)
-                    elif child.spec.role == "train":
-                        self._stop(running)
+                    self._stop(running)
             except KeyboardInterrupt:
                 self._stop([name for name, child in self._children.items() if child.process.poll() is None])
                 raise
@@ -136,7 +140,7 @@ class HostExecutor:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                pass_fds=[write_end],
+                pass_fds=[write_end, *spec.keep_open],
                 env=environment,
                 start_new_session=True,
             )
@@ -160,15 +164,18 @@ class HostExecutor:
                     child.process.stdin.flush()
 
     def _stop(self, names: Sequence[str] | set[str]) -> None:
-        """SIGTERM in order (trainer first), each with its time to leave."""
+        """SIGTERM in order (trainer first), each with its time to leave; then SIGKILL."""
         for role, patience_s in (("train", TRAIN_STOP_S), ("capture", CAPTURE_STOP_S)):
-            leaving = [self._children[name].process for name in names if self._children[name].spec.role == role]
-            for process in leaving:
-                process.terminate()
+            leaving = [self._children[name] for name in names if self._children[name].spec.role == role]
+            for child in leaving:
+                child.told_to_stop = True
+                child.process.terminate()
             deadline = time.monotonic() + patience_s
-            for process in leaving:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.1, deadline - time.monotonic()))
+            for child in leaving:
+                try:
+                    child.process.wait(max(0.1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    child.process.kill()
 
     def _kill_all(self) -> None:
         for child in self._children.values():
@@ -181,9 +188,9 @@ class HostExecutor:
 
 
 def _ended_well(child: _Child, event: _Exit) -> bool:
-    if event.code == 0:
-        return child.last is not None and child.last.event in {"finished", "stopped"}
-    return False
+    """Of a child that nobody told to stop: only the trainer ends by itself."""
+    told = child.last is not None and child.last.event in {"finished", "stopped"}
+    return event.code == 0 and told and child.spec.role == "train"
 
 
 def _describe(child: _Child, event: _Exit) -> str:
@@ -192,6 +199,8 @@ def _describe(child: _Child, event: _Exit) -> str:
     if child.last is not None and child.last.event == "failed":
         trace = child.last.fields.get("traceback", "")
         return str(child.last.fields["message"]) + (f"\n{trace}" if trace else "") + log
+    if event.code == 0 and child.last is not None and child.last.event == "stopped":
+        return f"told to stop by another process{log}"
     if event.code < 0:
         return f"killed by {signal.Signals(-event.code).name}{log}"
     return f"exited with code {event.code} without saying why{log}"

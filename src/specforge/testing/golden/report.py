@@ -81,7 +81,10 @@ def _double(value: Tensor | float) -> Tensor:
 
 def print_table(console: Console, results: list[Comparison]) -> None:
     """One line a vector with the largest absolute error of each class."""
-    table = Table("vector", "result", *(kind.title for kind in Kind), "note")
+    table = Table()
+    for title in ("vector", "result", *(kind.title for kind in Kind)):
+        table.add_column(title, no_wrap=True)
+    table.add_column("note")
     for result in results:
         errors = (f"{result.errors[kind]:.1e}" if kind in result.errors else "" for kind in Kind)
         table.add_row(result.name, result.status.value, *errors, result.note)

@@ -14,6 +14,9 @@ from specforge.testing.golden.report import Comparison, NotBuilt, Status, print_
 from specforge.testing.golden.tables import run_tables
 from specforge.testing.golden.vectors import Vector, find_vectors, read_vector
 
+REPORT_WIDTH = 160
+"""Columns of the table where the output is not a terminal."""
+
 FAMILIES: dict[str, Callable[[Vector, Comparison], None]] = {
     "eagle3": run_eagle3,
 }
@@ -67,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = run_directory(options.directory)
     if not results:
         parser.error(f"{options.directory} has no vectors (.json files)")
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=REPORT_WIDTH)
     print_table(console, results)
     counts = {status: sum(result.status is status for result in results) for status in Status}
     console.print(", ".join(f"{count} {status.value}" for status, count in counts.items() if count))
