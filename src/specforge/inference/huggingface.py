@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from specforge.algorithms.base import TargetTables, target_logits
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 from specforge.contracts.tasks import PromptTask
 from specforge.errors import DataError, TargetError
+from specforge.inference.cache import GrowingCache
 from specforge.inference.engine import CapturedSample, Generation
 from specforge.inference.layers import EverythingInFloat64, decoder_layers, tapped
 from specforge.inference.target import read_target_info
@@ -48,12 +49,13 @@ class HFTargetEngine:
         self._model = _load(self.info, self.dtype, trust_remote_code).to(self.device)
         self._backbone = self._model.get_decoder()
         self._layers = decoder_layers(self._backbone, self.info.num_layers)
+        self._tables = _tables(self._model, self.info)
         self._float64: Any = None
 
     @property
     def tables(self) -> TargetTables:
         """The target's embedding and output head, shared with the model (no copy)."""
-        return _tables(self._model, self.info)
+        return self._tables
 
     def capture(self, tasks: Sequence[PromptTask], spec: CaptureSpec) -> Iterator[CapturedSample]:
         """One unpadded forward a task: ``input_ids`` int32 [S], ``aux`` [S, n*H], ``last`` [S, H] in ``spec.dtype``.
@@ -80,7 +82,7 @@ class HFTargetEngine:
         input_ids, mask, positions = self._left_padded(prompts)
         stops = torch.tensor(self.info.eos_token_ids, dtype=torch.long, device=self.device)
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
-        cache = DynamicCache()
+        cache = GrowingCache()
         tables = self.tables
         columns: list[Tensor] = []
         with torch.no_grad():
@@ -120,7 +122,7 @@ class HFTargetEngine:
             return target_logits(tables, last[0, -1])
 
     def forward_step(
-        self, token_ids: Sequence[int], cache: DynamicCache, spec: CaptureSpec
+        self, token_ids: Sequence[int], cache: GrowingCache, spec: CaptureSpec
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One forward of a session: fp32 logits [m, V] and features [m, D]; ``cache`` grows by m positions."""
         input_ids = self._ids([token_ids])
@@ -165,13 +167,12 @@ class HFTargetEngine:
 
 
 class HFTargetSession:
-    """Implements ``TargetSession``. All layers keep every position (sliding windows too), so any crop is exact."""
+    """Implements ``TargetSession``. All layers keep every position; the masks still apply sliding windows."""
 
     def __init__(self, engine: HFTargetEngine, spec: CaptureSpec) -> None:
         self._engine = engine
         self._spec = spec
-        # without a configuration every layer is a growing one; the masks still apply sliding windows
-        self._cache = DynamicCache()
+        self._cache = GrowingCache()
 
     def forward(self, token_ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         return self._engine.forward_step(token_ids, self._cache, self._spec)
