@@ -38,4 +38,5 @@ def _shown(name: str, value: Any) -> Any:
 
 
 def _process(process: dict[str, Any]) -> str:
-    return f"{', '.join(process['roles'])} on {process['device']}, {process['threads']} thread(s)"
+    where = f"{process['device']}, {process['threads']} thread(s), {shown_bytes(process['memory_bytes'])}"
+    return f"{', '.join(process['roles'])} on {where}"

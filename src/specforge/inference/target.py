@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -76,6 +78,15 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
             "put the model's tokenizer files beside its config.json"
         ) from None
     return tokenizer
+
+
+def count_parameters(path: str | Path) -> int:
+    """Elements of all tensors in the target's safetensors files, read from their headers."""
+    total = 0
+    for shard in _weight_shards(Path(path)):
+        with safe_open(shard, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
 
 
 def _read_config(directory: Path, trust_remote_code: bool) -> PreTrainedConfig:

@@ -28,13 +28,26 @@ class DataFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Sizes of the two models: bytes of the target's weights as it computes, parameters of the draft."""
+
+    target_bytes: int
+    draft_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessPlan:
-    """One process of the run."""
+    """One process of the run.
+
+    ``memory_bytes``: weights, gradients, optimizer, frozen tables and features that the process holds. Activations and
+    the runtime itself (some hundred MB) come on top.
+    """
 
     name: str
     roles: tuple[str, ...]
     device: str
     threads: int
+    memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,8 @@ class Plan:
     max_sample_bytes: int
     window_slots: int
     window_bytes: int
+    target_bytes: int
+    draft_parameters: int
     num_samples: int
     total_slots: int
     total_steps: int
@@ -64,7 +79,7 @@ class Plan:
         return asdict(self) | {"ledger_path": None if self.ledger_path is None else str(self.ledger_path)}
 
 
-def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: DataFacts) -> Plan:
+def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: DataFacts, models: ModelFacts) -> Plan:
     """Resolve every automatic choice; a run that cannot work is a ConfigError with the number that would do."""
     disaggregated = config.topology == "disaggregated"
     per_token = bytes_per_token(target, spec)
@@ -98,7 +113,7 @@ def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: Da
         total_steps = min(total_steps, config.training.max_steps)
     return Plan(
         topology=config.topology,
-        processes=_processes(config, disaggregated),
+        processes=_processes(config, models, train_bytes(config, target, per_token, models), capacity or window_bytes),
         store=kind,
         store_capacity_bytes=capacity,
         ledger=ledger,
@@ -110,6 +125,8 @@ def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: Da
         max_sample_bytes=max_sample,
         window_slots=window_slots,
         window_bytes=window_bytes,
+        target_bytes=models.target_bytes,
+        draft_parameters=models.draft_parameters,
         num_samples=data.num_samples,
         total_slots=total_slots,
         total_steps=total_steps,
@@ -157,12 +174,23 @@ def ledger_path(config: RunConfig) -> Path:
     return (ledger.path if ledger.kind == "sqlite" else None) or config.run_dir / "ledger.sqlite"
 
 
-def _processes(config: RunConfig, disaggregated: bool) -> tuple[ProcessPlan, ...]:
-    threads = config.training.threads
-    if not disaggregated:
+def train_bytes(config: RunConfig, target: TargetInfo, per_token: int, models: ModelFacts) -> int:
+    """Draft weights, gradients and both moments in fp32, the target's two tables, and the batches in hand and ahead."""
+    tables = 2 * target.vocab_size * target.hidden_size * ITEM_BYTES["float32"]
+    batch = config.training.global_batch_size * config.data.max_length
+    tokens = min(batch, config.training.micro_batch_tokens) + config.data_plane.prefetch_steps * batch
+    return 4 * ITEM_BYTES["float32"] * models.draft_parameters + tables + tokens * per_token
+
+
+def _processes(
+    config: RunConfig, models: ModelFacts, num_train_bytes: int, num_store_bytes: int
+) -> tuple[ProcessPlan, ...]:
+    threads, device = config.training.threads, config.training.device
+    num_capture_bytes = models.target_bytes + num_store_bytes
+    if config.topology == "colocated":
         roles = ("capture", "controller", "train")
-        return (ProcessPlan("specforge", roles, config.training.device, threads),)
+        return (ProcessPlan("specforge", roles, device, threads, num_train_bytes + num_capture_bytes),)
     return (
-        ProcessPlan("train", ("controller", "control-plane server", "train"), config.training.device, threads),
-        ProcessPlan("capture-0", ("capture",), config.target.device, threads),
+        ProcessPlan("train", ("controller", "control-plane server", "train"), device, threads, num_train_bytes),
+        ProcessPlan("capture-0", ("capture",), config.target.device, threads, num_capture_bytes),
     )

@@ -1,14 +1,17 @@
 """Options, draft configs, default layers and the catalog."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from specforge.algorithms.catalog import algorithm_class, algorithm_names, get_algorithm
 from specforge.algorithms.eagle3.algorithm import Eagle3, aux_layers
 from specforge.algorithms.eagle3.config import Eagle3DraftConfig, Eagle3Options
+from specforge.algorithms.eagle3.model import Eagle3Draft
 from specforge.contracts.capture import TargetInfo
 from specforge.errors import ConfigError, DraftError
 
@@ -64,6 +67,13 @@ def test_draft_config_takes_the_targets_sizes_and_the_options_overrides(target):
         16,
     )
     assert (config.draft_vocab_size, config.fc_norm, config.rope_scaling) == (10, True, target.rope_scaling)
+
+
+@pytest.mark.parametrize("flags", [{}, {"fc_norm": True}, {"norm_before_fc": True, "qk_norm": True}])
+def test_counted_parameters_are_those_of_the_draft(target, flags):
+    config = dataclasses.replace(Eagle3(Eagle3Options(draft_vocab_size=16)).draft_config(target), **flags)
+    draft = Eagle3Draft(config, torch.arange(16))
+    assert sum(p.numel() for p in draft.parameters()) == config.num_parameters
 
 
 def test_a_draft_vocabulary_larger_than_the_targets_is_refused(target):

@@ -8,7 +8,7 @@ from specforge.config.run import RunConfig
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 from specforge.contracts.features import layout
 from specforge.errors import ConfigError
-from specforge.launch.plan import DataFacts, Plan, bytes_per_token, make_plan, sample_bytes
+from specforge.launch.plan import DataFacts, ModelFacts, Plan, bytes_per_token, make_plan, sample_bytes
 
 TARGET = TargetInfo(
     path="target",
@@ -31,6 +31,7 @@ TARGET = TargetInfo(
 )
 SPEC = CaptureSpec((1, 17, 32), last_hidden=True, dtype="bfloat16")
 FACTS = DataFacts(num_samples=1000, num_tokens=500_000, max_tokens=1024)
+MODELS = ModelFacts(target_bytes=16_400_000_000, draft_parameters=400_000_000)
 
 
 def config(**sections) -> RunConfig:
@@ -38,7 +39,7 @@ def config(**sections) -> RunConfig:
 
 
 def plan(facts: DataFacts = FACTS, **sections) -> Plan:
-    return make_plan(config(**sections), TARGET, SPEC, facts)
+    return make_plan(config(**sections), TARGET, SPEC, facts, MODELS)
 
 
 def test_eagle3_features_of_an_8b_target_cost_32_kb_a_token():
@@ -85,6 +86,13 @@ def test_a_window_in_which_the_trainer_waits_for_itself_is_refused():
 def test_steps_count_every_sample_once_an_epoch_and_end_at_max_steps():
     assert plan(training={"num_epochs": 3, "global_batch_size": 16}).total_steps == 188
     assert plan(training={"num_epochs": 3, "global_batch_size": 16, "max_steps": 7}).total_steps == 7
+
+
+def test_memory_is_counted_where_it_is_held():
+    together, (train, capture) = plan().processes[0], plan(topology="disaggregated").processes
+    assert capture.memory_bytes > MODELS.target_bytes
+    assert 16 * MODELS.draft_parameters < train.memory_bytes < MODELS.target_bytes
+    assert together.memory_bytes > MODELS.target_bytes + 16 * MODELS.draft_parameters
 
 
 def test_a_plan_is_plain_data():

@@ -43,6 +43,21 @@ class Eagle3DraftConfig:
     qk_norm: bool = False
     trains_embedding: bool = False
 
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all weights, the frozen ones included; vocabulary maps are not weights."""
+        hidden, fused = self.hidden_size, len(self.aux_layers) * self.target_hidden_size
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        matrices = (
+            hidden * fused  # fc
+            + 2 * hidden * (queries + 2 * keys)  # q, k, v read embedding and hidden state
+            + queries * hidden  # o
+            + 3 * hidden * self.intermediate_size
+            + self.draft_vocab_size * hidden  # lm_head
+        )
+        norms = 4 * hidden + (self.fc_norm + self.norm_before_fc) * fused + 2 * self.qk_norm * self.head_dim
+        return matrices + norms
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; ``from_dict`` is its inverse."""
         return {**asdict(self), "aux_layers": list(self.aux_layers)}
