@@ -70,14 +70,16 @@ def test_a_killed_disaggregated_run_resumes_to_the_same_weights(tmp_path, tiny_t
     family = command.family()
     runs.kill(family[victim])
     assert command.wait() != 0
-    psutil.wait_procs(family.values(), timeout=runs.DEADLINE_S)
-    assert not any(process.is_running() for process in family.values())
     if victim != "parent":
         assert f"the {victim} process failed: killed by SIGKILL" in command.stderr.read_text()
+        assert leftovers(run_yaml) == []
+    # at once: what a killed parent left is waited for
     resumed = runs.specforge(tmp_path / "second", "train", "-c", str(run_yaml), "--resume", "--json").succeed()
     assert resumed["draft_weights_sha256"] == undisturbed
     assert resumed["ledger"]["num_slots_trained"] == 48
     assert leftovers(run_yaml) == []
+    _, alive = psutil.wait_procs(family.values(), timeout=runs.DEADLINE_S)
+    assert alive == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -103,6 +105,23 @@ def test_ctrl_c_on_a_disaggregated_run_leaves_one_that_resumes(tmp_path, tiny_ta
     assert leftovers(run_yaml) == []
     resumed = runs.specforge(tmp_path / "second", "train", "-c", str(run_yaml), "--resume", "--json").succeed()
     assert resumed["draft_weights_sha256"] == undisturbed
+
+
+def test_a_capture_process_that_somebody_else_stops_ends_the_run(tmp_path, tiny_target_dir):
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated", training__num_epochs=200)
+    command = runs.specforge(tmp_path, "train", "-c", str(run_yaml))
+    runs.wait_until(lambda: runs.num_steps(tmp_path / "run") >= 1, "one step")
+    command.family()["capture-0"].terminate()
+    assert command.wait() == 1
+    assert "the capture-0 process failed: told to stop by another process" in command.stderr.read_text()
+    assert leftovers(run_yaml) == []
+
+
+def test_an_address_that_cannot_be_listened_on_is_refused(tmp_path, tiny_target_dir):
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated", control_plane__host="192.0.2.1")
+    command = runs.specforge(tmp_path, "train", "-c", str(run_yaml))
+    assert command.wait() == 2
+    assert "cannot listen on 192.0.2.1" in command.stderr.read_text()
 
 
 @pytest.mark.parametrize(("stopped", "blocked"), [("train", "capture-0"), ("capture-0", "train")])
@@ -164,3 +183,8 @@ def test_a_directory_that_holds_a_run_is_refused_without_resume(tmp_path, tiny_t
     again = runs.specforge(tmp_path / "second", "train", "-c", str(run_yaml))
     assert again.wait() == 2
     assert "already holds a run" in again.stderr.read_text()
+    started_with = (tmp_path / "run" / "run.yaml").read_text()
+    other = runs.specforge(tmp_path / "third", "train", "-c", str(run_yaml), "--resume", "training.lr=0.5")
+    assert other.wait() == 2
+    assert "was written with lr = 0.001" in other.stderr.read_text()
+    assert (tmp_path / "run" / "run.yaml").read_text() == started_with

@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory of the demo.")] = Path("runs/demo"),
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything drawn.  [default: 0]")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything drawn.  [default: 0]")
+    ] = None,
     topology: Annotated[
         str | None,
         typer.Option("--topology", help="colocated (one process) or disaggregated (two).  [default: colocated]"),
@@ -24,8 +26,8 @@ def demo(
     algorithm: Annotated[str | None, typer.Option("--algorithm", help="Draft algorithm.  [default: eagle3]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the demo in --out.")] = False,
     train_target: Annotated[
-        bool, typer.Option("--train-target", help="Train the target too, instead of the one shipped.")
-    ] = False,
+        bool | None, typer.Option("--train-target", help="Train the target too, instead of the one shipped.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train, measure and export a real draft on this machine: one command, a few minutes, no network."""

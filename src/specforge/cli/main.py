@@ -8,6 +8,7 @@ exit code 0    done
 
 from __future__ import annotations
 
+import errno
 import logging
 import shlex
 import sys
@@ -20,6 +21,19 @@ from specforge.cli import demo, doctor, evaluate, export, plan, status, train
 from specforge.errors import SpecForgeError, UserError
 
 RESUMABLE = ("train", "demo")
+FIXABLE = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+    }
+)
+"""What a file system says of a path that the user can change, or of a disk that the user can clear."""
 
 app = typer.Typer(
     name="specforge",
@@ -65,6 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(f"error: {error}", 2)
     except SpecForgeError as error:
         _leave(f"error: {error}", 1)
+    except OSError as error:
+        if error.errno not in FIXABLE:
+            raise
+        _leave(f"error: {error.filename or 'a file'}: {error.strerror}", 2)
     except KeyboardInterrupt:
         _leave(_how_to_continue(given), 130)
     except SystemExit as leaving:

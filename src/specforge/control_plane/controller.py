@@ -205,6 +205,9 @@ class DataFlowController:
             if self._stopped or self._failure is not None:
                 return
             self._stopped = True
+            # Before the ledger, which may refuse: whoever waits for the stream must not wait for ever.
+            self._writer.close()
+            self._changed.notify_all()
             leased = self._window.leased()
             resident = [sample for sample in self._window.in_flight.values() if sample.ref is not None]
             self._store.requeue([sample.attempt for sample in leased])
@@ -212,8 +215,6 @@ class DataFlowController:
             for sample in [*leased, *resident]:
                 self._window.retire(sample)
                 self._window.freed(sample)
-            self._writer.close()
-            self._changed.notify_all()
         if resident:
             self._on_release([(sample.sample_id, sample.generation) for sample in resident])
 

@@ -2,7 +2,7 @@
 
     responses   the target continues prompts from training modules     OUT/responses.jsonl
     training    EAGLE-3 on hidden states captured live                 OUT/train/
-    evaluation  speculative decoding on prompts from held-out modules  OUT/evaluation.json
+    evaluation  speculative decoding on prompts from held-out modules
     export      the draft as SGLang loads it, reloaded and compared    OUT/sglang/
     report      table, OUT/report.json, OUT/report.html
 
@@ -30,7 +30,7 @@ from specforge.config.run import RunConfig
 from specforge.control_plane.config import ControlPlaneConfig
 from specforge.demo.corpus import standard_library_modules
 from specforge.demo.prompts import CutPrompt, cut_prompts, record_responses
-from specforge.demo.target import TargetRecipe, train_target
+from specforge.demo.target import STATE_FILE, TargetRecipe, train_target
 from specforge.errors import UserError
 from specforge.evaluation.config import EvaluationConfig
 from specforge.evaluation.report import SpeculativeReport
@@ -41,6 +41,7 @@ from specforge.launch.drafts import load_draft
 from specforge.launch.evaluate import decode
 from specforge.launch.export import export_draft
 from specforge.launch.local import train
+from specforge.launch.lock import LOCK_FILE, run_lock
 from specforge.launch.runtime import TrainOutcome
 from specforge.monitor.console import progress
 from specforge.monitor.jsonl import read_records, read_scalars
@@ -81,7 +82,7 @@ class DemoOptions:
     topology: str | None = None
     algorithm: str | None = None
     resume: bool = False
-    train_target: bool = False
+    train_target: bool | None = None
 
 
 class Phases:
@@ -89,7 +90,7 @@ class Phases:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = read_json(path) or {}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -110,7 +111,11 @@ class Demo:
     topology: str
     algorithm: str
     recipe: DemoRecipe
-    target_dir: Path
+    train_target: bool
+
+    @property
+    def target_dir(self) -> Path:
+        return self.out / "target" if self.train_target else PACKAGED_TARGET
 
     @property
     def responses(self) -> Path:
@@ -148,9 +153,16 @@ class Demo:
 def run_demo(options: DemoOptions, recipe: DemoRecipe | None = None) -> dict[str, Any]:
     """All phases; returns the report, which is also in ``OUT/report.json`` and ``OUT/report.html``."""
     torch.set_num_threads(1)
-    demo = open_demo(options, recipe or DemoRecipe())
+    out = options.out.resolve()
+    refuse_foreign(out)
+    with run_lock(out):
+        return run_phases(open_demo(replace(options, out=out), recipe or DemoRecipe()))
+
+
+def run_phases(demo: Demo) -> dict[str, Any]:
+    """All phases of a demo whose directory this process holds."""
     phases = Phases(demo.out / "phases.json")
-    if options.train_target:
+    if demo.train_target and not is_trained(demo.target_dir):
         with phases.timed("target"):
             train_target(demo.target_dir, TargetRecipe(seed=demo.seed), ranks=min(2, os.cpu_count() or 1))
     with phases.timed("responses"):
@@ -168,31 +180,39 @@ def run_demo(options: DemoOptions, recipe: DemoRecipe | None = None) -> dict[str
     return report
 
 
-def open_demo(options: DemoOptions, recipe: DemoRecipe) -> Demo:
-    """A new demo directory, or the one that is resumed with what it was begun with."""
-    out = options.out.resolve()
-    begun_file = out / "demo.json"
-    begun = json.loads(begun_file.read_text()) if begun_file.exists() else None
-    if begun is not None and not options.resume:
-        raise UserError(f"{out} already holds a demo; add --resume to continue it, or choose another --out")
-    if begun is None and out.exists() and any(out.iterdir()):
+def refuse_foreign(out: Path) -> None:
+    """Refuse a directory that holds something else than a demo, or than what the first instant of one left."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --out")
+    found = {path.name for path in out.iterdir()} if out.exists() else set()
+    if "demo.json" not in found and found - {LOCK_FILE, partial_of(out / "demo.json").name}:
         raise UserError(f"{out} is not empty and holds no demo; choose another --out")
-    chosen = {"seed": options.seed, "topology": options.topology, "algorithm": options.algorithm}
-    settings: dict[str, Any] = {"seed": 0, "topology": "colocated", "algorithm": "eagle3"}
-    settings |= {key: value for key, value in chosen.items() if value is not None}
-    settings["train_target"] = options.train_target
-    if begun is not None:
-        for key, value in chosen.items():
-            if value is not None and value != begun["settings"][key]:
-                raise UserError(
-                    f"{out} was begun with {key} {begun['settings'][key]}, not {value}; "
-                    f"resume it without --{key}, or choose another --out"
-                )
-        settings, recipe = begun["settings"], DemoRecipe(**begun["recipe"])
-    out.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(begun_file, {"settings": settings, "recipe": asdict(recipe)})
-    target_dir = out / "target" if settings["train_target"] else PACKAGED_TARGET
-    return Demo(out, settings["seed"], settings["topology"], settings["algorithm"], recipe, target_dir)
+
+
+def open_demo(options: DemoOptions, recipe: DemoRecipe) -> Demo:
+    """A new demo in the directory ``out``, or the one that is resumed with what it was begun with."""
+    out, begun_file = options.out, options.out / "demo.json"
+    chosen = asdict(options)
+    settings: dict[str, Any] = {"seed": 0, "topology": "colocated", "algorithm": "eagle3", "train_target": False}
+    if not begun_file.exists():
+        settings |= {key: chosen[key] for key in settings if chosen[key] is not None}
+        write_json(begun_file, {"settings": settings, "recipe": asdict(recipe)})
+        return Demo(out, recipe=recipe, **settings)
+    if not options.resume:
+        raise UserError(f"{out} already holds a demo; add --resume to continue it, or choose another --out")
+    try:
+        begun = read_json(begun_file)
+        settings = {key: begun["settings"][key] for key in settings}
+        recipe = DemoRecipe(**begun["recipe"])
+    except (KeyError, TypeError):
+        raise UserError(f"{begun_file} is damaged or of another version; choose another --out") from None
+    for key, value in settings.items():
+        if chosen[key] is not None and chosen[key] != value:
+            raise UserError(
+                f"{out} was begun with {key} {value}, not {chosen[key]}; "
+                f"resume it without --{key.replace('_', '-')}, or choose another --out"
+            )
+    return Demo(out, recipe=recipe, **settings)
 
 
 def make_responses(demo: Demo) -> None:
@@ -239,7 +259,7 @@ def make_report(
 ) -> dict[str, Any]:
     """``report.json`` but for the export and the wall seconds."""
     events = list(read_records(demo.out / "train" / "metrics.jsonl"))
-    first_step = next(record for record in events if record.get("event") == "first_step")
+    first_step = next((record for record in events if record.get("event") == "first_step"), {"num_captured": None})
     return {
         "accepted_length_mean": trained.accepted_length_mean,
         "accepted_length_untrained": untrained.accepted_length_mean,
@@ -292,8 +312,27 @@ def trained_modules(target_dir: Path) -> set[str]:
     return {entry["name"] for entry in listed["trained_on"]}
 
 
+def is_trained(target_dir: Path) -> bool:
+    """Whether the training of a target came to its end; its state goes when everything else is written."""
+    return (target_dir / "modules.json").exists() and not (target_dir / STATE_FILE).exists()
+
+
+def partial_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write and rename, so that a reader never sees half a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    """Write, sync and rename, so that nobody ever sees half a file."""
+    with partial_of(path).open("w") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial_of(path).replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What ``write_json`` wrote; ``None`` where there is nothing that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None

@@ -81,7 +81,10 @@ def export_sglang(
         for name in served_shapes(config)
     }
     served = served_config(config, target, dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DraftError(f"{out} cannot be made ({error.strerror}); choose another directory for the export") from None
     partial = out.parent / f".{out.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -5,5 +5,6 @@
 * ``local``     runs a plan: in this process, or through ``host``
 * ``host``      children on this host: readiness, failures, ordered teardown
 * ``roles``     what a child process does (train, capture)
+* ``lock``      one run a directory
 * ``status``    what a run directory says about its run
 """

@@ -77,7 +77,7 @@ from specforge.prompts.vocabulary import count_loss_tokens
 from specforge.training.checkpoint import Checkpointer, Provenance, TrainPosition, weights_sha256
 from specforge.training.optimizer import MasterOptimizer, OptimizerSettings
 from specforge.training.schedule import Schedule
-from specforge.training.trainer import Ledger, Trainable, Trainer, TrainerSettings
+from specforge.training.trainer import Ledger, Trainable, Trainer, TrainerSettings, check_same_run
 
 MAX_LEASES = 8
 """Samples that a rollout worker leases at a time."""
@@ -88,8 +88,8 @@ def build_online_runtime(config: RunConfig, *, resume: bool = False) -> TrainRun
     inputs = read_run_inputs(config)
     with contextlib.ExitStack() as resources:
         store = LocalFeatureStore()
-        return _train_side(inputs, store, resources, resume, engine=make_engine(inputs.config, inputs.target))
-    raise AssertionError
+        runtime = _train_side(inputs, store, resources, resume, engine=make_engine(inputs.config, inputs.target))
+    return runtime
 
 
 def build_disagg_online_consumer(config: RunConfig, *, resume: bool = False) -> TrainRuntime:
@@ -98,8 +98,8 @@ def build_disagg_online_consumer(config: RunConfig, *, resume: bool = False) -> 
     with contextlib.ExitStack() as resources:
         store = SharedMemoryFeatureStore.attach(run_id(config))
         resources.callback(store.close)
-        return _train_side(inputs, store, resources, resume, served=True)
-    raise AssertionError
+        runtime = _train_side(inputs, store, resources, resume, served=True)
+    return runtime
 
 
 def build_disagg_online_producer(config: RunConfig, *, worker_id: str) -> CaptureRuntime:
@@ -109,26 +109,36 @@ def build_disagg_online_producer(config: RunConfig, *, worker_id: str) -> Captur
         store = make_arena(config, resources)
         engine = make_engine(config, inputs.target)
 
-        def connect(url: str, token: str) -> RolloutWorker:
-            client = resources.enter_context(contextlib.closing(ControlPlaneClient(url, token)))
+        def connect(url: str, token: str, open_until_end: contextlib.ExitStack) -> RolloutWorker:
+            client = open_until_end.enter_context(contextlib.closing(ControlPlaneClient(url, token)))
             return make_worker(inputs, client, engine, store, worker_id)
 
-        return CaptureRuntime(connect, resources.pop_all())
-    raise AssertionError
+        runtime = CaptureRuntime(connect, resources.pop_all())
+    return runtime
 
 
-def build_disagg_online_runtime(config: RunConfig, *, resume: bool = False) -> HostRuntime:
-    """Both processes as children of this one. Everything that can be refused is refused before they start."""
-    resolved = resolve(config, read_run_inputs(config).plan)
+def build_disagg_online_runtime(
+    config: RunConfig, *, resume: bool = False, keep_open: tuple[int, ...] = ()
+) -> HostRuntime:
+    """Both processes as children of this one. Everything that can be refused is refused before they start.
+
+    ``keep_open``: file descriptors that the children inherit, such as the lock of the run.
+    """
+    inputs = read_run_inputs(config)
+    newest = make_checkpointer(config).newest_state() if resume else None
+    if newest is not None:
+        check_same_run(newest.path, newest.provenance, make_provenance(inputs))
+    resolved = resolve(config, inputs.plan)
     config_file = config.run_dir / "resolved.yaml"
     dump_run_config(resolved, config_file)
     logs = config.run_dir / "logs"
     return HostRuntime(
         HostExecutor(),
         [
-            ChildSpec("train", "train", config_file, log_file=None, resume=resume),
-            ChildSpec("capture-0", "capture", config_file, log_file=logs / "capture-0.log"),
+            ChildSpec("train", "train", config_file, log_file=None, resume=resume, keep_open=keep_open),
+            ChildSpec("capture-0", "capture", config_file, log_file=logs / "capture-0.log", keep_open=keep_open),
         ],
+        clean_up=lambda: collect_orphans(run_id(config)),
     )
 
 
@@ -139,8 +149,8 @@ def run_disagg_online_interleaved(config: RunConfig, *, resume: bool = False) ->
     with contextlib.ExitStack() as resources:
         store = make_arena(resolved.config, resources)
         engine = make_engine(config, inputs.target)
-        return _train_side(resolved, store, resources, resume, engine=engine).run()
-    raise AssertionError
+        outcome = _train_side(resolved, store, resources, resume, engine=engine).run()
+    return outcome
 
 
 def resolve(config: RunConfig, plan: Plan) -> RunConfig:
@@ -203,7 +213,13 @@ def make_trainable(inputs: RunInputs) -> Trainable:
         counts = count_loss_tokens(inputs.tasks, target.vocab_size)
         kept = kept_ids(torch.tensor(counts), draft_config.draft_vocab_size)
     draft = algorithm.build_draft(draft_config, tables, config.seed, kept)
-    return Trainable(algorithm, draft, tables, Provenance(inputs.identity(), draft_config.to_dict(), to_json(target)))
+    return Trainable(algorithm, draft, tables, make_provenance(inputs))
+
+
+def make_provenance(inputs: RunInputs) -> Provenance:
+    """What this run writes into its checkpoints, and what it wants to find in those that it resumes from."""
+    draft_config = inputs.algorithm.draft_config(inputs.target)
+    return Provenance(inputs.identity(), draft_config.to_dict(), to_json(inputs.target))
 
 
 def make_trainer(
@@ -225,6 +241,7 @@ def make_trainer(
             total_steps=plan.total_steps,
             checkpoint_every=training.checkpoint_every,
             seed=inputs.config.seed,
+            num_samples=plan.num_samples,
             device_type=device.type,
             compute_dtype=resolve_dtype(training.dtype, device),
         ),

@@ -14,7 +14,7 @@ from specforge.errors import DraftError
 from specforge.export.sglang import export_sglang, verify_export
 from specforge.inference.target import read_target_info
 from specforge.launch.drafts import find_checkpoint, load_draft
-from specforge.training.checkpoint import load_checkpoint
+from specforge.training.checkpoint import read_state
 
 
 def export_draft(checkpoint: Path, to: str, out: Path) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def export_draft(checkpoint: Path, to: str, out: Path) -> dict[str, Any]:
     if to != "sglang":
         raise DraftError(f"cannot export to {to!r}; the formats are: sglang")
     path = find_checkpoint(checkpoint)
-    recorded = from_json(TargetInfo, load_checkpoint(path).provenance.target)
+    recorded = from_json(TargetInfo, read_state(path).provenance.target)
     target = read_target_info(recorded.path)
     tables = load_target_tables(target.path)
     loaded = load_draft(path, target, tables)

@@ -12,10 +12,11 @@ from specforge.algorithms.base import Algorithm
 from specforge.algorithms.catalog import get_algorithm
 from specforge.config.run import RunConfig
 from specforge.contracts.capture import CaptureSpec, TargetInfo
+from specforge.contracts.features import ITEM_BYTES
 from specforge.contracts.tasks import PromptTask
-from specforge.errors import ConfigError
-from specforge.inference.target import load_tokenizer, read_target_info
-from specforge.launch.plan import DataFacts, Plan, make_plan
+from specforge.errors import ConfigError, DataError
+from specforge.inference.target import count_parameters, load_tokenizer, read_target_info
+from specforge.launch.plan import DataFacts, ModelFacts, Plan, make_plan
 from specforge.prompts.tasks import load_prompt_tasks
 
 
@@ -63,7 +64,7 @@ class RunInputs:
 
 
 def read_target_inputs(config: RunConfig) -> TargetInputs:
-    target = read_target_info(config.target.path)
+    target = read_target_info(config.target.path, config.target.trust_remote_code)
     algorithm = get_algorithm(config.algorithm)
     return TargetInputs(config, target, algorithm, algorithm.capture_spec(target, capture_dtype(config)))
 
@@ -71,14 +72,32 @@ def read_target_inputs(config: RunConfig) -> TargetInputs:
 def read_run_inputs(config: RunConfig) -> RunInputs:
     """Read target and prompts and resolve the plan; a :class:`UserError` for everything that cannot be run."""
     inputs = read_target_inputs(config)
-    tasks = load_prompt_tasks(config.data, load_tokenizer(config.target.path))
+    tasks = load_prompt_tasks(config.data, load_tokenizer(config.target.path, config.target.trust_remote_code))
+    check_vocabulary(config, tasks, inputs.target)
     facts = DataFacts(
         num_samples=len(tasks),
         num_tokens=sum(task.num_tokens for task in tasks),
         max_tokens=max(task.num_tokens for task in tasks),
     )
-    plan = make_plan(config, inputs.target, inputs.spec, facts)
+    width = ITEM_BYTES[
+        str(resolve_dtype(config.target.dtype, resolve_device(config.target.device))).removeprefix("torch.")
+    ]
+    models = ModelFacts(
+        target_bytes=width * count_parameters(inputs.target.path),
+        draft_parameters=inputs.algorithm.draft_config(inputs.target).num_parameters,
+    )
+    plan = make_plan(config, inputs.target, inputs.spec, facts, models)
     return RunInputs(config, inputs.target, inputs.algorithm, inputs.spec, tasks, plan)
+
+
+def check_vocabulary(config: RunConfig, tasks: list[PromptTask], target: TargetInfo) -> None:
+    """Refuse token ids that the target does not have; recorded ones may come from another target."""
+    for task in tasks:
+        if max(task.input_ids) >= target.vocab_size:
+            raise DataError(
+                f"{config.data.path}: sample {task.index} has token id {max(task.input_ids)}, but the vocabulary of "
+                f"{target.path} has {target.vocab_size} tokens; give samples that were made for this target"
+            )
 
 
 def tasks_sha256(tasks: list[PromptTask]) -> str:

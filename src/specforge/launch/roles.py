@@ -9,12 +9,12 @@ Loading the target and building the trainer overlap: the two processes start tog
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,22 @@ from specforge.config.run import RunConfig
 from specforge.errors import UserError
 from specforge.launch.compose import build_disagg_online_consumer, build_disagg_online_producer
 from specforge.launch.host import Report
-from specforge.launch.runtime import StopCapture
+from specforge.launch.runtime import StopCapture, StopOnce
 
 
 class ParentLink:
-    """The two pipes to the parent. When the parent is gone, ``on_parent_gone`` runs in a thread."""
+    """The two pipes to the parent. When the parent is gone, this process gets a SIGTERM."""
 
     def __init__(self, report_fd: int) -> None:
         self._report = os.fdopen(report_fd, "wb", buffering=0)
         self._endpoint: tuple[str, str] | None = None
         self._changed = threading.Condition()
         self._closed = False
-        self.on_parent_gone: Callable[[], None] = _terminate_self
         threading.Thread(target=self._listen, name="parent-link", daemon=True).start()
 
     def report(self, event: Any, **fields: Any) -> None:
-        self._report.write(Report(event, fields).to_line())
+        with contextlib.suppress(BrokenPipeError):  # nobody is left to be told
+            self._report.write(Report(event, fields).to_line())
 
     def endpoint(self) -> tuple[str, str] | None:
         """Blocks until the parent sends (url, token); ``None`` when it went away instead."""
@@ -59,7 +59,7 @@ class ParentLink:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self.on_parent_gone()
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _receive(self, report: Report) -> None:
         with self._changed:
@@ -69,33 +69,26 @@ class ParentLink:
 
 def run_train(config: RunConfig, link: ParentLink, resume: bool) -> None:
     """The train role: (result) goes to the parent as ``finished`` or ``stopped``."""
-    runtime = build_disagg_online_consumer(config, resume=resume)
-    signal.signal(signal.SIGTERM, lambda *_: runtime.request_stop())
-    url, token = runtime.serve()
-    link.report("endpoint", url=url, token=token)
-    outcome = runtime.run()
+    with contextlib.closing(build_disagg_online_consumer(config, resume=resume)) as runtime:
+        signal.signal(signal.SIGTERM, lambda *_: runtime.request_stop())
+        url, token = runtime.serve()
+        link.report("endpoint", url=url, token=token)
+        outcome = runtime.run()
     link.report("finished" if outcome.finished else "stopped", **outcome.to_dict())
 
 
 def run_capture(config: RunConfig, link: ParentLink, name: str) -> None:
-    """The capture role."""
-    producer = build_disagg_online_producer(config, worker_id=f"{name}-{os.getpid()}")
-    signal.signal(signal.SIGTERM, lambda *_: producer.request_stop())
-    try:
+    """The capture role: until it is told to stop, because the trainer reads features from this process's arena."""
+    stop = StopOnce()
+    signal.signal(signal.SIGTERM, lambda *_: stop.request())
+    with contextlib.suppress(StopCapture), contextlib.ExitStack() as resources, stop:
+        producer = build_disagg_online_producer(config, worker_id=f"{name}-{os.getpid()}")
+        resources.callback(producer.close)
         endpoint = link.endpoint()
         if endpoint is not None:
             producer.run(*endpoint)
-            link.wait_for_end()  # the trainer still reads features from this process's arena
-    except StopCapture:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        producer.close()
-    link.report("stopped" if producer.stopping else "finished", num_rounds=producer.num_rounds)
-
-
-def _terminate_self() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+            link.wait_for_end()
+    link.report("stopped")
 
 
 def main(argv: list[str]) -> int:

@@ -30,7 +30,9 @@ class Controller(Protocol):
 
 
 class Worker(Protocol):
-    """A rollout worker, driven."""
+    """A rollout worker, by itself or driven."""
+
+    def run(self) -> None: ...
 
     def run_once(self, timeout_s: float) -> bool: ...
 
@@ -96,6 +98,10 @@ class TrainRuntime:
         # the very thread that the signal interrupted, hence another thread.
         threading.Thread(target=self.controller.fail_run, args=("stop requested",), daemon=True).start()
 
+    def close(self) -> None:
+        """Idempotent; ``run`` closes too."""
+        self._resources.close()
+
     def run(self) -> TrainOutcome:
         """Train to the end. Whatever happens, what was learned is in a checkpoint and everything is closed."""
         with self._resources:
@@ -123,22 +129,15 @@ class TrainRuntime:
 class CaptureRuntime:
     """The capture side in a process of its own: one rollout worker on one engine."""
 
-    def __init__(self, connect: Callable[[str, str], Worker], resources: contextlib.ExitStack) -> None:
+    def __init__(
+        self, connect: Callable[[str, str, contextlib.ExitStack], Worker], resources: contextlib.ExitStack
+    ) -> None:
         self._connect = connect
         self._resources = resources
-        self.stopping = False
-        self.num_rounds = 0
-
-    def request_stop(self) -> None:
-        """For signal handlers: unwinds whatever the main thread is doing. Features nobody will read are dropped."""
-        self.stopping = True
-        raise StopCapture
 
     def run(self, url: str, token: str) -> None:
-        """Lease, capture and commit until the control plane says that nothing is left. May raise ``StopCapture``."""
-        worker = self._connect(url, token)
-        while not self.stopping and worker.run_once(timeout_s=30.0):
-            self.num_rounds += 1
+        """Lease, capture and commit until the control plane says that nothing is left."""
+        self._connect(url, token, self._resources).run()
 
     def close(self) -> None:
         self._resources.close()
@@ -146,6 +145,29 @@ class CaptureRuntime:
 
 class StopCapture(BaseException):
     """A capture process was told to stop. Not an error, hence no ``Exception``."""
+
+
+class StopOnce:
+    """Unwinds the main thread from inside its ``with`` block: one ``StopCapture`` at most, whatever arrives when."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._armed = False
+
+    def request(self) -> None:
+        """For signal handlers."""
+        self._requested = True
+        if self._armed:
+            self._armed = False
+            raise StopCapture
+
+    def __enter__(self) -> None:
+        self._armed = True
+        if self._requested:
+            raise StopCapture
+
+    def __exit__(self, *_: object) -> None:
+        self._armed = False
 
 
 class Refs(Protocol):
@@ -190,13 +212,17 @@ class StepLog:
 class HostRuntime:
     """A run whose two sides are children of this process."""
 
-    def __init__(self, executor: HostExecutor, children: Sequence[ChildSpec]) -> None:
+    def __init__(self, executor: HostExecutor, children: Sequence[ChildSpec], clean_up: Callable[[], object]) -> None:
         self._executor = executor
         self._children = children
+        self._clean_up = clean_up
 
     def run(self) -> TrainOutcome:
         """Until all children ended. ``KeyboardInterrupt`` when they were stopped: a checkpoint is there."""
-        outcome = TrainOutcome(**self._executor.run(self._children)["train"])
+        try:
+            outcome = TrainOutcome(**self._executor.run(self._children)["train"])
+        finally:
+            self._clean_up()
         if not outcome.finished:
             raise KeyboardInterrupt
         return outcome

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from specforge.control_plane.metadata.sql import ledger_summary
 from specforge.errors import ConfigError
-from specforge.launch.local import is_locked
-from specforge.training.checkpoint import list_checkpoints
+from specforge.launch.lock import is_locked
+from specforge.training.checkpoint import Checkpointer, list_checkpoints
 
 
 def run_status(run_dir: Path) -> dict[str, Any]:
     """Checkpoints, last metrics, ledger counts, and whether a process works in ``run_dir``."""
     if not (run_dir / "run.yaml").exists():
         raise ConfigError(f"{run_dir} is not a run directory: it has no run.yaml")
-    checkpoints = list_checkpoints(run_dir / "checkpoints")
-    position = json.loads((checkpoints[-1] / "state.json").read_text())["position"] if checkpoints else None
+    newest = Checkpointer(run_dir / "checkpoints").newest_state()
     ledger = run_dir / "ledger.sqlite"
     return {
         "run_dir": str(run_dir),
         "running": is_locked(run_dir),
-        "checkpoints": [path.name for path in checkpoints],
-        "position": position,
+        "checkpoints": [path.name for path in list_checkpoints(run_dir / "checkpoints")],
+        "position": None if newest is None else asdict(newest.position),
         "metrics": last_metrics(run_dir / "metrics.jsonl"),
         "ledger": ledger_summary(ledger) if ledger.exists() else None,
     }

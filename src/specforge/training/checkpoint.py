@@ -11,6 +11,7 @@ load, so a damaged checkpoint is skipped with a warning and the one before it is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,7 +35,9 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class TrainPosition:
-    """Where training stands: completed optimizer steps, slots consumed, updates dropped for non-finite gradients."""
+    """Where training stands: completed optimizer steps, updates dropped for non-finite gradients, and ``num_slots``:
+    every slot of the run below that number was trained, or skipped for good (its prompt is quarantined).
+    """
 
     step: int = 0
     num_slots: int = 0
@@ -52,6 +55,16 @@ class Provenance:
     identity: dict[str, Any]
     draft_config: dict[str, Any]
     target: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointState:
+    """What ``state.json`` says; ``files`` are the sizes and hashes of the files beside it."""
+
+    path: Path
+    position: TrainPosition
+    provenance: Provenance
+    files: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,7 @@ class Checkpointer:
         _sync(partial)
         partial.rename(final)
         _sync(self._directory)
-        self._rotate()
+        self._rotate(final)
         return final
 
     def latest(self) -> Checkpoint | None:
@@ -115,8 +128,17 @@ class Checkpointer:
                 warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
         return None
 
-    def _rotate(self) -> None:
-        for path in list_checkpoints(self._directory)[: -self._keep_last]:
+    def newest_state(self) -> CheckpointState | None:
+        """The state of the newest checkpoint that has a readable one; its tensors are not looked at."""
+        for path in reversed(list_checkpoints(self._directory)):
+            with contextlib.suppress(DraftError):
+                return read_state(path)
+        return None
+
+    def _rotate(self, newest: Path) -> None:
+        # Those above the newest one are damaged: training came back to reach it.
+        older = [path for path in list_checkpoints(self._directory) if path.name < newest.name]
+        for path in older[: max(0, len(older) + 1 - self._keep_last)]:
             shutil.rmtree(path)
         for leftover in self._directory.glob(".step-*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -129,8 +151,8 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint; anything wrong with it is a :class:`DraftError` naming the file."""
+def read_state(path: Path) -> CheckpointState:
+    """``state.json`` of the checkpoint in ``path``; anything wrong with it is a :class:`DraftError`."""
     state_file = path / "state.json"
     try:
         state = json.loads(state_file.read_text())
@@ -138,18 +160,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise DraftError(f"{state_file} is not a readable checkpoint state: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION:
         raise DraftError(f"{state_file}: this build reads checkpoint format {FORMAT_VERSION}")
+    try:
+        position = TrainPosition(**state["position"])
+        provenance = Provenance(state["identity"], state["draft_config"], state["target"])
+        return CheckpointState(path, position, provenance, {name: state["files"][name] for name in _FILES})
+    except (KeyError, TypeError) as error:
+        raise DraftError(f"{state_file} is not a whole checkpoint state: {error}") from None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint; anything wrong with it is a :class:`DraftError` naming the file."""
+    state = read_state(path)
     for name in _FILES:
-        file, expected = path / name, state["files"][name]
+        file, expected = path / name, state.files[name]
         if not file.is_file() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
             raise DraftError(f"{file} is missing, truncated or changed since the checkpoint was written")
     draft, optimizer = (safetensors.torch.load_file(path / name) for name in _FILES)
-    return Checkpoint(
-        path=path,
-        position=TrainPosition(**state["position"]),
-        provenance=Provenance(state["identity"], state["draft_config"], state["target"]),
-        draft=draft,
-        optimizer=optimizer,
-    )
+    return Checkpoint(path, state.position, state.provenance, draft, optimizer)
 
 
 def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -46,12 +47,14 @@ class Trainable:
 class TrainerSettings:
     """``total_steps`` ends the training (or the batches do, when there are fewer) and is the horizon of schedules.
 
-    ``compute_dtype`` is the autocast type of forward and loss; float32 computes in the parameters' own precision.
+    ``num_samples`` is the number of slots of an epoch. ``compute_dtype`` is the autocast type of forward and loss;
+    float32 computes in the parameters' own precision.
     """
 
     total_steps: int
     checkpoint_every: int
     seed: int
+    num_samples: int
     device_type: str = "cpu"
     compute_dtype: torch.dtype = torch.float32
 
@@ -121,9 +124,10 @@ class Trainer:
         norm = self._optimizer.step(lr) if num_supervised else 0.0
         self._optimizer.zero_grad()
         skipped = int(not math.isfinite(norm))
+        last = step_batches.slots[-1]
         self.position = TrainPosition(
             step=position.step + 1,
-            num_slots=position.num_slots + len(step_batches.slots),
+            num_slots=last.epoch * self._settings.num_samples + last.position + 1,
             num_skipped_updates=position.num_skipped_updates + skipped,
         )
         return sums.scalars(num_supervised) | {
@@ -149,7 +153,7 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from ``checkpoint``; one that another run wrote is refused with what differs."""
-        check_same_run(checkpoint, self._parts.provenance)
+        check_same_run(checkpoint.path, checkpoint.provenance, self._parts.provenance)
         with torch.no_grad():
             own = self._parts.draft.state_dict()
             if set(own) != set(checkpoint.draft):
@@ -162,15 +166,14 @@ class Trainer:
         self._saved_step = checkpoint.position.step
 
 
-def check_same_run(checkpoint: Checkpoint, ours: Provenance) -> None:
-    """Refuse a checkpoint of another target, dataset, seed, algorithm or draft shape."""
-    theirs = checkpoint.provenance
+def check_same_run(path: Path, theirs: Provenance, ours: Provenance) -> None:
+    """Refuse the checkpoint in ``path``, of another target, dataset, seed, algorithm or draft shape."""
     for expected, found in ((ours.identity, theirs.identity), (ours.draft_config, theirs.draft_config)):
         for key in sorted(set(expected) | set(found)):
             want, got = _jsonable(expected.get(key)), _jsonable(found.get(key))
             if want != got:
                 raise DraftError(
-                    f"{checkpoint.path} was written with {key} = {got!r}, but this run has {want!r}; "
+                    f"{path} was written with {key} = {got!r}, but this run has {want!r}; "
                     "resume with the configuration that started the run, or choose another run_dir"
                 )
 

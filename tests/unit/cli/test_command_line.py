@@ -1,5 +1,6 @@
 """What the command line promises: exit codes, one sentence, help without a tensor library, JSON."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -96,6 +97,7 @@ def test_misspelt_override_names_the_key_that_was_meant(run, tmp_path):
     [
         (ConfigError("this cannot be run"), 2, "error: this cannot be run\n"),
         (EngineError("the target failed"), 1, "error: the target failed\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/run"), 2, "error: /run: No space left on device\n"),
         (KeyboardInterrupt(), 130, "interrupted; continue with: specforge train -c 'a b.yaml' --resume\n"),
         (SystemExit(130), 130, "interrupted; continue with: specforge train -c 'a b.yaml' --resume\n"),
     ],

@@ -12,7 +12,7 @@ from specforge.control_plane.metadata.noop import NoOpMetadataStore
 from specforge.control_plane.metadata.sql import SqlMetadataStore
 from specforge.control_plane.modes import DeploymentMode, resolve_control_plane
 from specforge.control_plane.prompts import SampleOrder
-from specforge.errors import ConfigError, ContractError, DataError, InvalidTransition, ProducerFailed
+from specforge.errors import ConfigError, ContractError, ControlPlaneError, DataError, InvalidTransition, ProducerFailed
 from specforge.testing.metadata_store import make_ref, make_task
 
 NUM_SAMPLES = 6
@@ -401,3 +401,19 @@ def test_a_disaggregated_run_without_a_ledger_path_is_refused():
             ControllerSettings(window_slots=1),
             lambda pairs: None,
         )
+
+
+class RefusingStore(InMemoryMetadataStore):
+    """A ledger on a full disk."""
+
+    def requeue(self, attempts):
+        raise ControlPlaneError("no space left")
+
+
+def test_a_ledger_that_refuses_at_the_end_leaves_nobody_waiting_for_the_stream():
+    run = Run(RefusingStore())
+    run.lease(1)
+    with pytest.raises(ControlPlaneError, match="no space left"):
+        run.controller.finish()
+    assert run.reader.ended
+    assert run.controller.lease("w0", 1, 60.0).finished

@@ -1,5 +1,6 @@
 """Every MetadataStore against the suite, and what only the SQL one promises."""
 
+import contextlib
 import os
 import sqlite3
 import stat
@@ -110,6 +111,22 @@ def test_a_ledger_of_another_schema_version_is_refused(store, path):
     db.close()
     with pytest.raises(ConfigError, match="schema version 99, this build reads version 1"):
         SqlMetadataStore(path)
+
+
+def test_a_ledger_whose_maker_was_killed_before_its_first_transaction_is_made_anew(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+    assert path.stat().st_size > 0
+    with contextlib.closing(SqlMetadataStore(path)) as store:
+        assert store.num_tasks() == 0
+
+
+@pytest.mark.parametrize("content", [b"x", b"this is not a database at all"])
+def test_a_small_file_that_is_no_ledger_is_left_as_it_is(path, content):
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot be used as one"):
+        SqlMetadataStore(path)
+    assert path.read_bytes() == content
 
 
 def test_a_file_that_is_no_ledger_is_refused(path):

@@ -4,10 +4,20 @@ import pytest
 
 from specforge.demo.corpus import Module, standard_library_modules
 from specforge.demo.prompts import CutPrompt, cut_prompts, record_responses
-from specforge.demo.run import PACKAGED_TARGET, DemoOptions, DemoRecipe, open_demo, trained_modules
+from specforge.demo.run import (
+    PACKAGED_TARGET,
+    DemoOptions,
+    DemoRecipe,
+    Phases,
+    open_demo,
+    refuse_foreign,
+    run_demo,
+    trained_modules,
+)
 from specforge.errors import DataError, UserError
 from specforge.inference.engine import Generation
 from specforge.inference.target import load_tokenizer, read_target_info
+from specforge.launch.lock import run_lock
 
 
 class CountingEngine:
@@ -88,16 +98,46 @@ def test_the_packaged_target_is_an_ordinary_directory_of_the_promised_size():
 
 
 def test_a_demo_directory_is_continued_only_with_what_it_was_begun_with(tmp_path):
-    out = tmp_path / "demo"
+    out = tmp_path
     begun = open_demo(DemoOptions(out, seed=3, topology="disaggregated"), DemoRecipe(num_responses=8))
     with pytest.raises(UserError, match="add --resume"):
         open_demo(DemoOptions(out), DemoRecipe())
     with pytest.raises(UserError, match="begun with seed 3, not 4"):
         open_demo(DemoOptions(out, seed=4, resume=True), DemoRecipe())
+    with pytest.raises(UserError, match="begun with train_target False, not True; resume it without --train-target"):
+        open_demo(DemoOptions(out, train_target=True, resume=True), DemoRecipe())
     assert open_demo(DemoOptions(out, resume=True), DemoRecipe()) == begun
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}}', '{"settings": {}, "recipe": {"odd": 1}}'])
+def test_a_damaged_demo_is_refused_in_one_sentence(tmp_path, content):
+    (tmp_path / "demo.json").write_text(content)
+    with pytest.raises(UserError, match="damaged"):
+        open_demo(DemoOptions(tmp_path, resume=True), DemoRecipe())
+
+
+def test_a_demo_killed_in_its_first_instant_can_be_started_again(tmp_path):
+    (tmp_path / "lock").write_text("")
+    (tmp_path / ".demo.json.partial").write_text("{")
+    refuse_foreign(tmp_path)
+    open_demo(DemoOptions(tmp_path), DemoRecipe())
+
+
+def test_damaged_wall_seconds_are_counted_anew(tmp_path):
+    (tmp_path / "phases.json").write_text('{"respon')
+    assert Phases(tmp_path / "phases.json").seconds == {}
 
 
 def test_a_directory_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "precious").write_text("")
     with pytest.raises(UserError, match="not empty"):
-        open_demo(DemoOptions(tmp_path), DemoRecipe())
+        run_demo(DemoOptions(tmp_path))
+    with pytest.raises(UserError, match="is a file"):
+        run_demo(DemoOptions(tmp_path / "precious"))
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_two_demos_do_not_share_a_directory(tmp_path):
+    out = tmp_path / "demo"
+    with run_lock(out), pytest.raises(UserError, match="in use by another process"):
+        run_demo(DemoOptions(out))

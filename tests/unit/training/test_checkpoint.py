@@ -57,6 +57,23 @@ def test_a_damaged_checkpoint_is_written_again(tmp_path):
     assert load_checkpoint(write(tmp_path, 2)).position.step == 2
 
 
+def test_a_damaged_checkpoint_never_displaces_the_one_just_written(tmp_path):
+    damaged = write(tmp_path, 10)
+    (damaged / "draft.safetensors").write_bytes(b"")
+    written = write(tmp_path, 9, keep_last=1)
+    assert load_checkpoint(written).position.step == 9
+
+
+def test_the_newest_readable_state_is_found_without_its_tensors(tmp_path):
+    assert Checkpointer(tmp_path).newest_state() is None
+    whole, damaged = write(tmp_path, 1), write(tmp_path, 2)
+    (whole / "draft.safetensors").unlink()
+    (damaged / "state.json").write_text('{"format": 1, "position": {"paces": 3}}')
+    state = Checkpointer(tmp_path).newest_state()
+    assert state is not None
+    assert (state.path, state.position.step) == (whole, 1)
+
+
 def test_leftovers_of_a_killed_save_are_never_chosen_and_are_removed(tmp_path):
     write(tmp_path, 1)
     leftover = tmp_path / ".step-00000002.4242.partial"

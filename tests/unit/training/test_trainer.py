@@ -96,7 +96,7 @@ def make(directory: Path, identity: dict | None = None, total_steps: int = 10):
         ),
         MasterOptimizer(dict(draft.named_parameters()), OptimizerSettings()),
         Schedule("cosine", 1e-2, total_steps=10),
-        TrainerSettings(total_steps=total_steps, checkpoint_every=4, seed=0),
+        TrainerSettings(total_steps=total_steps, checkpoint_every=4, seed=0, num_samples=100),
         Checkpointer(directory),
         ledger,
         lambda step, scalars: log.append((step, scalars)),
@@ -111,6 +111,14 @@ def test_every_step_is_acked_once_with_its_number_and_checkpoints_are_announced(
     assert [slot for slots, _ in ledger.acks for slot in slots] == [Slot(0, i) for i in range(20)]
     assert ledger.checkpoints == [4, 8, 10]
     assert [step for step, _ in log] == list(range(1, 11))
+
+
+def test_the_position_counts_the_slots_that_were_skipped(tmp_path):
+    trainer, *_ = make(tmp_path, total_steps=2)
+    ((first,), (second,)) = (tuple(steps(step, step + 1)) for step in range(2))
+    trainer.fit([StepBatches(first.micro_batches, (Slot(0, 97), Slot(0, 99))),
+                 StepBatches(second.micro_batches, (Slot(1, 0), Slot(1, 3)))])  # fmt: skip
+    assert trainer.position.num_slots == 104
 
 
 def test_the_update_does_not_depend_on_how_rows_are_split_into_micro_batches(tmp_path):

@@ -39,6 +39,7 @@ from specforge.control_plane.metadata.checks import (
 from specforge.control_plane.metadata.schema import acks, run, samples, slots, tasks
 from specforge.errors import ConfigError, ControlPlaneError, DataError, InvalidTransition
 
+_MAGIC = b"SQLite format 3\0"
 _CHUNK = 1000
 """Rows a statement where a call has no natural bound."""
 
@@ -358,7 +359,8 @@ def ledger_summary(path: str | Path) -> dict[str, int]:
 def _open(path: Path, *, read_only: bool) -> tuple[sa.Engine, sa.Connection]:
     if read_only and not path.is_file():
         raise ConfigError(f"expected a ledger at {path}, got no such file; give the directory of a run")
-    fresh = not read_only and _make_private(path)
+    if not read_only:
+        _make_private(path)
     mode = "ro" if read_only else "rw"
     url = sa.URL.create("sqlite", database=f"file:{path.absolute()}", query={"mode": mode, "uri": "true"})
     engine = sa.create_engine(url, poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
@@ -369,7 +371,7 @@ def _open(path: Path, *, read_only: bool) -> tuple[sa.Engine, sa.Connection]:
         connection = engine.connect()
         try:
             with connection.begin():
-                if fresh:
+                if not read_only and _is_new(connection):
                     schema.metadata.create_all(connection)
                     facts = {"schema_version": schema.SCHEMA_VERSION, "durable_step": 0}
                     connection.execute(run.insert(), [{"key": key, "value": str(v)} for key, v in facts.items()])
@@ -390,15 +392,26 @@ def _open(path: Path, *, read_only: bool) -> tuple[sa.Engine, sa.Connection]:
     return engine, connection
 
 
-def _make_private(path: Path) -> bool:
-    """Make the file 0600 if it is not there; True when it holds nothing yet."""
+def _make_private(path: Path) -> None:
+    """Make the file 0600 if it is not there; what is no database is left as it is."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     except OSError as error:
         raise ConfigError(
             f"the ledger {path} cannot be opened for writing ({error.strerror}); choose a writable directory"
         ) from error
-    return path.stat().st_size == 0
+    with path.open("rb") as file:
+        start = file.read(len(_MAGIC))
+    if start not in (b"", _MAGIC):
+        raise ConfigError(
+            f"expected a ledger at {path}, got a file that cannot be used as one (it is no database); "
+            "give the ledger of a run, or another path for a new one"
+        )
+
+
+def _is_new(db: sa.Connection) -> bool:
+    """No table is there yet: the file was just made, or whoever made it was killed before its first transaction."""
+    return not db.scalar(sa.text("SELECT count(*) FROM sqlite_master"))
 
 
 def _configure(connection: Any, _record: object) -> None:
