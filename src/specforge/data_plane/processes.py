@@ -1,10 +1,15 @@
-"""Who is alive: a process named by PID namespace, pid and start time, so that a reused pid is another process."""
+"""Who is alive: a process named by PID namespace, pid and start time, so that a reused pid is another process.
+
+Where the system has no ``/proc`` (macOS), the pid alone names a process.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+PROC = Path("/proc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +46,28 @@ class ProcessIdentity:
 
 
 def _namespace() -> int:
-    return Path("/proc/self/ns/pid").stat().st_ino
+    file = PROC / "self" / "ns" / "pid"
+    return file.stat().st_ino if file.exists() else 0
 
 
 def _state_and_start(pid: int) -> tuple[str, int] | None:
     """State letter and start time of ``pid``; a zombie (Z) is dead, only its parent has not noticed."""
+    if not (PROC / "self").exists():
+        return _answers_to_signals(pid)
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = (PROC / str(pid) / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The command name is in parentheses and may hold anything; field 3 follows the last one, field 22 is the start.
     fields = text.rpartition(")")[2].split()
     return fields[0], int(fields[19])
+
+
+def _answers_to_signals(pid: int) -> tuple[str, int] | None:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # it is there, and somebody else's
+    return "R", 0

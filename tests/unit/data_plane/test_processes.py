@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+from specforge.data_plane import processes
 from specforge.data_plane.arena import ArenaName
 from specforge.data_plane.processes import ProcessIdentity
 from specforge.data_plane.tombstones import Tombstones
@@ -61,3 +62,11 @@ def test_tombstones_forget_the_oldest():
     for generation in (1, 2, 1, 3):
         tombstones.add(("a", generation))
     assert [("a", generation) in tombstones for generation in (1, 2, 3)] == [True, False, True]
+
+
+def test_without_a_proc_file_system_the_pid_alone_names_a_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "PROC", tmp_path)
+    assert not ProcessIdentity.current().is_dead()
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    assert ProcessIdentity(0, child.pid, 0).is_dead()
