@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo check format test test-full golden bench docs tiny-target clean
+.PHONY: help install dev demo check format test test-full coverage golden bench docs tiny-target clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ test: $(VENV)/.dev ## the test suite (a few minutes)
 
 test-full: $(VENV)/.dev ## what is slow: the whole demo, killed and resumed
 	$(BIN)/python -m pytest -m full $(ARGS)
+
+coverage: $(VENV)/.dev ## lines and branches that the unit tests reach
+	$(BIN)/python -m pytest tests/unit --cov --cov-report=term $(ARGS)
 
 golden: $(VENV)/.core ## every reference vector below GOLDEN
 	$(BIN)/python -m specforge.testing.golden $(or $(GOLDEN),../shared/golden)
