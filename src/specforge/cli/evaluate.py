@@ -8,10 +8,28 @@ from typing import Annotated
 import typer
 
 from specforge.cli.options import existing_file
-from specforge.cli.output import AsJson, flat, print_json, print_table
+from specforge.cli.output import AsJson, named, print_json, print_table
 from specforge.config.load import section_from
 from specforge.evaluation.config import EvaluationConfig
 from specforge.inference.config import TargetConfig
+
+NAMES = {
+    "accepted_length_mean": "accepted length (tokens a round)",
+    "acceptance_per_position": "acceptance by position",
+    "num_rounds": "rounds",
+    "lossless": "lossless",
+    "num_prompts_compared": "prompts compared",
+    "num_tokens_compared": "tokens compared",
+    "num_mismatches": "mismatches",
+    "num_near_ties": "near-ties",
+    "tokens_per_second_speculative": "tokens per second, speculative",
+    "tokens_per_second_plain": "tokens per second, plain",
+    "speed_up": "speed-up",
+    "distinct_4grams": "share of different 4-grams",
+    "target": "target",
+    "draft": "draft",
+}
+"""What a person is shown of an evaluation; ``--json`` has all of it."""
 
 
 def register(app: typer.Typer) -> None:
@@ -23,10 +41,10 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     target: Annotated[Path, typer.Option("--target", help="Directory of the target.")],
     draft: Annotated[Path, typer.Option("--draft", help="A run, a checkpoint or an exported draft.")],
-    prompts: Annotated[Path, typer.Option("--prompts", help="JSONL file of prompts.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="JSONL file in the formats of training data; what precedes the first answer is the prompt.")],
     num_prompts: Annotated[int, typer.Option("--num-prompts", min=1, help="How many prompts to decode.")] = 32,
     prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=1, help="Prompt length cut from plain texts.")
+        int, typer.Option("--prompt-tokens", min=1, help="Tokens at the beginning of a plain text that are its prompt.")
     ] = 64,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Tokens decoded after each prompt.")
@@ -54,4 +72,4 @@ def evaluate(
     if as_json:
         print_json(report)
     else:
-        print_table("Evaluation", flat(report))
+        print_table("Evaluation", named(report, NAMES))

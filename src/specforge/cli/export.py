@@ -7,9 +7,19 @@ from typing import Annotated
 
 import typer
 
-from specforge.cli.output import AsJson, flat, print_json, print_table
+from specforge.cli.output import AsJson, named, print_json, print_table
 
 FORMATS = ("sglang",)
+NAMES = {
+    "path": "directory",
+    "format": "format",
+    "dtype": "weights as",
+    "num_tensors": "tensors",
+    "num_bytes": "size",
+    "reload_difference_to_rounded": "reloaded, logits differ by",
+    "reload_difference_to_original": "rounding costs (logits)",
+}
+"""What a person is shown of an export; ``--json`` has all of it."""
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 def export(
     checkpoint: Annotated[Path, typer.Option("--checkpoint", help="A checkpoint, or a run (its newest checkpoint).")],
-    out: Annotated[Path, typer.Option("--out", help="Directory to write; must not hold files.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write: new, empty, or an earlier export, which is replaced.")],
     to: Annotated[str, typer.Option("--to", help=f"Serving format: {', '.join(FORMATS)}.")] = "sglang",
     as_json: AsJson = False,
 ) -> None:
@@ -31,4 +41,4 @@ def export(
     if as_json:
         print_json(written)
     else:
-        print_table("Exported", flat(written))
+        print_table("Exported", named(written, NAMES))

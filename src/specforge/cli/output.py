@@ -40,6 +40,19 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
+def named(value: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, Any]]:
+    """Rows of ``flat(value)`` that ``names`` (dotted key -> words) lists, in its order; sizes (``_bytes``) with a unit.
+
+    Keys that ``value`` lacks are left out.
+    """
+    found = dict(flat(value))
+    return [
+        (words, shown_bytes(found[key]) if key.endswith("_bytes") and isinstance(found[key], int) else found[key])
+        for key, words in names.items()
+        if key in found
+    ]
+
+
 def shown(value: Any) -> str:
     """A value in a table cell."""
     if value is None:

@@ -7,8 +7,29 @@ from typing import Any
 import typer
 
 from specforge.cli.options import ConfigFile, Overrides
-from specforge.cli.output import AsJson, print_json, print_table, shown_bytes
+from specforge.cli.output import AsJson, named, print_json, print_table, shown_bytes
 from specforge.config.load import load_run_config
+
+NAMES = {
+    "run_dir": "run directory",
+    "topology": "topology",
+    "num_samples": "samples",
+    "total_slots": "samples x epochs",
+    "total_steps": "optimizer steps",
+    "aux_layers": "captured layers",
+    "capture_dtype": "captured as",
+    "store": "feature store",
+    "store_capacity_bytes": "size of the store",
+    "window_slots": "samples captured ahead",
+    "window_bytes": "their features, at most",
+    "max_sample_bytes": "largest sample",
+    "total_feature_bytes": "features of the whole run",
+    "ledger": "ledger",
+    "ledger_path": "ledger file",
+    "target_bytes": "target weights",
+    "draft_parameters": "draft parameters",
+}
+"""What a person is shown of a plan; ``--json`` has all of it."""
 
 
 def register(app: typer.Typer) -> None:
@@ -28,15 +49,11 @@ def plan(
     if as_json:
         print_json({"plan": planned, "config": run.model_dump(mode="json")})
         return
-    processes = planned.pop("processes")
-    print_table("Plan", [(name, _shown(name, value)) for name, value in planned.items()])
-    print_table("Processes", [(process["name"], _process(process)) for process in processes])
-
-
-def _shown(name: str, value: Any) -> Any:
-    return shown_bytes(value) if isinstance(value, int) and name.endswith("_bytes") else value
+    print_table("Plan", named(planned, NAMES))
+    print_table("Processes", [(process["name"], _process(process)) for process in planned["processes"]])
 
 
 def _process(process: dict[str, Any]) -> str:
-    where = f"{process['device']}, {process['threads']} thread(s), {shown_bytes(process['memory_bytes'])}"
-    return f"{', '.join(process['roles'])} on {where}"
+    threads = "1 thread" if process["threads"] == 1 else f"{process['threads']} threads"
+    size = shown_bytes(process["memory_bytes"])
+    return f"{' + '.join(process['roles'])}; device {process['device']}, {threads}, {size} and the runtime"

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from specforge.cli.output import AsJson, flat, print_json, print_table
+from specforge.cli.output import AsJson, named, print_json, print_table
+
+NAMES = {
+    "run_dir": "run directory",
+    "running": "running",
+    "checkpoints": "checkpoints",
+    "position.step": "optimizer steps saved",
+    "position.num_slots": "samples saved",
+    "last_line": "last line of metrics.jsonl",
+    "metrics.step": "optimizer step",
+    "metrics.loss": "loss",
+    "metrics.simulated_acc_len": "simulated accepted length",
+    "metrics.accuracy_0": "accuracy, first token",
+    "metrics.lr": "learning rate",
+    "metrics.grad_norm": "gradient norm",
+    "metrics.step_s": "seconds a step",
+    "metrics.wait_s": "seconds waiting for features",
+    "ledger.num_samples": "samples in the ledger",
+    "ledger.num_leased": "being captured",
+    "ledger.num_committed": "captured, not yet trained",
+    "ledger.num_slots_trained": "samples trained",
+    "ledger.num_quarantined": "samples set aside",
+}
+"""What a person is shown of a run; ``--json`` has all of it."""
 
 
 def register(app: typer.Typer) -> None:
@@ -25,4 +49,11 @@ def status(
     if as_json:
         print_json(found)
     else:
-        print_table("Status", flat(found))
+        print_table("Status", named(found | {"last_line": _last_line(found["metrics"])}, NAMES))
+
+
+def _last_line(metrics: dict[str, Any] | None) -> str | None:
+    """When the newest metrics were written, in local time."""
+    if metrics is None or "time_s" not in metrics:
+        return None
+    return datetime.fromtimestamp(metrics["time_s"]).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")

@@ -7,8 +7,19 @@ from typing import Annotated
 import typer
 
 from specforge.cli.options import ConfigFile, Overrides
-from specforge.cli.output import AsJson, flat, print_json, print_table
+from specforge.cli.output import AsJson, named, print_json, print_table
 from specforge.config.load import load_run_config
+
+NAMES = {
+    "run_dir": "run directory",
+    "finished": "finished",
+    "step": "optimizer steps",
+    "num_slots": "samples trained",
+    "ledger.num_unique_samples_trained": "different ones",
+    "ledger.num_quarantined": "samples set aside",
+    "draft_weights_sha256": "draft weights (sha256)",
+}
+"""What a person is shown of a run that ended; ``--json`` has all of it."""
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +39,8 @@ def train(
     from specforge.launch.local import train as run_training
 
     outcome = run_training(run, resume=resume).to_dict()
+    found = {"run_dir": str(run.run_dir), **outcome}
     if as_json:
-        print_json({"run_dir": str(run.run_dir), **outcome})
+        print_json(found)
     else:
-        print_table("Trained", [("run_dir", run.run_dir), *flat(outcome)])
+        print_table("Trained", named(found, NAMES))

@@ -155,7 +155,7 @@ def _sentence(error: ValidationError, model: type[BaseModel], section: str) -> s
     got = f"got {_shown(problem['input'])}; it is: {description}"
     if problem["type"] == "value_error":
         return f"{path} should be {message}, {got}"
-    _, should, rest = message.partition(" should ")
+    _, should, rest = message.partition(", unable to parse")[0].partition(" should ")
     if not should or "match pattern" in rest:
         return f"{path} cannot be {_shown(problem['input'])}; it is: {description}"
     return f"{path} should {rest}, {got}"

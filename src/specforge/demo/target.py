@@ -8,6 +8,7 @@ processes of one compute thread each. A state file in OUT_DIR makes an interrupt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from specforge.demo.corpus import Module, standard_library_modules
+from specforge.monitor.console import progress
 
 STATE_FILE = "state.pt"
 LOG_EVERY = 100
@@ -181,31 +183,32 @@ def run_rank(rank: int, world: int, port: int, recipe: TargetRecipe, out: Path) 
     model = build_model(recipe, tokenizer.eos_token_id)
     optimizers = make_optimizers(model)
     first = load_state(out, model, optimizers)
-    if rank == 0:
-        num_params = sum(p.numel() for p in model.parameters())
-        print(f"{len(train):,} training tokens, {len(held_out):,} held out, {num_params:,} parameters", flush=True)
     share = recipe.global_batch_size // world
     started = time.monotonic()
-    for step in range(first, recipe.num_steps):
-        loss = next_token_loss(model, windows(train, recipe.seq_len, share, (recipe.seed, step, rank)))
-        loss.backward()
-        _average_gradients(list(model.parameters()), world)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, recipe)
-            optimizer.step()
-            optimizer.zero_grad()
-        if rank == 0 and (step + 1) % LOG_EVERY == 0:
-            row = {
-                "step": step + 1,
-                "train_loss": round(loss.item(), 4),
-                "held_out_loss": round(held_out_loss(model, held_out, recipe.seq_len), 4),
-                "seconds": round(time.monotonic() - started, 1),
-            }
-            with (out / "training_log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-            print(row, flush=True)
-            save_state(out, step + 1, model, optimizers)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress("target", recipe.num_steps, "steps", done=first)) if rank == 0 else None
+        for step in range(first, recipe.num_steps):
+            loss = next_token_loss(model, windows(train, recipe.seq_len, share, (recipe.seed, step, rank)))
+            loss.backward()
+            _average_gradients(list(model.parameters()), world)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, recipe)
+                optimizer.step()
+                optimizer.zero_grad()
+            if bar is None:
+                continue
+            bar.update_to(step + 1, f"loss {loss.item():.3f}")
+            if (step + 1) % LOG_EVERY == 0:
+                row = {
+                    "step": step + 1,
+                    "train_loss": round(loss.item(), 4),
+                    "held_out_loss": round(held_out_loss(model, held_out, recipe.seq_len), 4),
+                    "seconds": round(time.monotonic() - started, 1),
+                }
+                with (out / "training_log.jsonl").open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+                save_state(out, step + 1, model, optimizers)
     if rank == 0:
         save(model, tokenizer, train_modules, out)
         (out / STATE_FILE).unlink(missing_ok=True)

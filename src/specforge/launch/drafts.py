@@ -12,7 +12,7 @@ from specforge.algorithms.catalog import get_algorithm
 from specforge.algorithms.eagle3.config import Eagle3DraftConfig, Eagle3Options
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 from specforge.errors import DraftError
-from specforge.export.sglang import load_exported_eagle3
+from specforge.export.sglang import exported_revision, load_exported_eagle3
 from specforge.training.checkpoint import Checkpointer, load_checkpoint
 
 
@@ -47,7 +47,7 @@ def load_draft(path: Path, target: TargetInfo, tables: TargetTables) -> LoadedDr
         raise DraftError(f"{path} is not a directory; give a run directory, a checkpoint or an exported draft")
     if (path / "model.safetensors").exists():
         config, state = load_exported_eagle3(path)
-        options, revision, dtype = Eagle3Options(), None, "float32"
+        options, revision, dtype = Eagle3Options(), exported_revision(path), "float32"
     else:
         checkpoint = load_checkpoint(find_checkpoint(path))
         config, state = Eagle3DraftConfig.from_dict(checkpoint.provenance.draft_config), checkpoint.draft

@@ -9,14 +9,17 @@ from typing import Any
 
 from specforge.control_plane.metadata.sql import ledger_summary
 from specforge.errors import ConfigError
-from specforge.launch.lock import is_locked
+from specforge.launch.lock import LOCK_FILE, is_locked
 from specforge.training.checkpoint import Checkpointer, list_checkpoints
 
 
 def run_status(run_dir: Path) -> dict[str, Any]:
     """Checkpoints, last metrics, ledger counts, and whether a process works in ``run_dir``."""
-    if not (run_dir / "run.yaml").exists():
-        raise ConfigError(f"{run_dir} is not a run directory: it has no run.yaml")
+    missing = [name for name in ("run.yaml", LOCK_FILE) if not (run_dir / name).exists()]
+    if missing:
+        raise ConfigError(
+            f"{run_dir} is not a run directory: it has no {missing[0]}; give the directory that run_dir names"
+        )
     newest = Checkpointer(run_dir / "checkpoints").newest_state()
     ledger = run_dir / "ledger.sqlite"
     return {

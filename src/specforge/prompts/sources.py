@@ -69,7 +69,12 @@ def parse_line(line: bytes, data_format: str = "auto") -> SourceSample:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"UTF-8 text was expected, byte {error.start} of the line is not") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"one JSON object a line was expected, but this line alone is not JSON ({error.msg}); a file with one "
+            "array of objects has to be rewritten as JSONL"
+        ) from None
+    except ValueError as error:  # a number with too many digits
         raise DataError(f"one JSON object a line was expected: {error}") from None
     except RecursionError:
         raise DataError("the JSON is nested too deeply") from None

@@ -47,9 +47,10 @@ class PromptSet:
 
 
 def load_prompt_tasks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[PromptTask]:
-    """The tasks of :func:`read_prompts`; what was skipped or cut is logged."""
+    """The tasks of :func:`read_prompts`; what was skipped or cut is logged as a warning."""
     prompts = read_prompts(config, tokenizer)
-    _log.info("%s: %s", config.path, prompts.summary)
+    dropped = prompts.num_truncated or prompts.num_without_loss or prompts.num_invalid
+    _log.log(logging.WARNING if dropped else logging.INFO, "%s: %s", config.path, prompts.summary)
     return prompts.tasks
 
 
@@ -83,7 +84,8 @@ def read_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
     if not tasks:
         raise DataError(
             f"{config.path}: no sample is left ({prompts.summary}); each needs an answer of the assistant, or a text, "
-            f"with at least {config.min_loss_tokens} tokens within data.max_length = {config.max_length}"
+            f""
+            f"within the first {config.max_length} tokens (data.max_length; data.min_loss_tokens = {config.min_loss_tokens})"
         )
     return prompts
 

@@ -105,7 +105,7 @@ def test_unknown_key_without_a_near_one_lists_what_there_is(problem):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("training.lr=fast", "training.lr should be a valid number"),
+        ("training.lr=fast", "training.lr should be a valid number, got 'fast'"),
         ("training.lr=-1", "training.lr should be greater than 0"),
         ("training.lr=.nan", "training.lr should be a finite number"),
         ("training.num_epochs=true", "training.num_epochs cannot be true"),

@@ -25,7 +25,8 @@ def test_text_parts_of_a_message_are_joined():
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        (b"{", "one JSON object a line"),
+        (b"{", "this line alone is not JSON"),
+        (b"[", "rewritten as JSONL"),
         (b"[1]", "got a list"),
         (b"3", "got a number"),
         (b'{"prompt": "a"}', "was expected, got 'prompt'"),
