@@ -183,8 +183,8 @@ def test_a_directory_that_holds_a_run_is_refused_without_resume(tmp_path, tiny_t
     again = runs.specforge(tmp_path / "second", "train", "-c", str(run_yaml))
     assert again.wait() == 2
     assert "already holds a run" in again.stderr.read_text()
-    started_with = (tmp_path / "run" / "run.yaml").read_text()
+    started_with = (tmp_path / "run" / "resolved.yaml").read_text()
     other = runs.specforge(tmp_path / "third", "train", "-c", str(run_yaml), "--resume", "training.lr=0.5")
     assert other.wait() == 2
     assert "was written with lr = 0.001" in other.stderr.read_text()
-    assert (tmp_path / "run" / "run.yaml").read_text() == started_with
+    assert (tmp_path / "run" / "resolved.yaml").read_text() == started_with

@@ -70,7 +70,7 @@ class Proposer(ABC):
     """Chain drafting for one sequence. Keeps its own cache; the decoder owns the target's.
 
     At every call the committed tokens are x_0..x_n, where x_n was emitted but not yet processed by the target, and
-    features exist for positions 0..n-1 (algorithms.md section 10.1).
+    features exist for positions 0..n-1.
     """
 
     @abstractmethod

@@ -11,7 +11,11 @@ from specforge.cli.output import AsJson, print_json
 
 
 def register(app: typer.Typer) -> None:
-    app.command("demo", epilog="Example: specforge demo --out runs/demo --topology disaggregated")(demo)
+    app.command(
+        "demo",
+        short_help="Train, measure and export a draft here, in minutes.",
+        epilog="Example: specforge demo --out runs/demo --topology disaggregated",
+    )(demo)
 
 
 def demo(

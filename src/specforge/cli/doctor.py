@@ -20,7 +20,11 @@ _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9._-]+)[^;]*(?:;.*extra\s*==\s*['\"]([
 
 
 def register(app: typer.Typer) -> None:
-    app.command("doctor", epilog="Example: specforge doctor --json")(doctor)
+    app.command(
+        "doctor",
+        short_help="Say what is installed, missing, and how to install it.",
+        epilog="Example: specforge doctor --json",
+    )(doctor)
 
 
 def doctor(as_json: AsJson = False) -> None:

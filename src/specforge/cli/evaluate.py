@@ -34,14 +34,22 @@ NAMES = {
 
 def register(app: typer.Typer) -> None:
     app.command(
-        "eval", epilog="Example: specforge eval --target models/qwen3 --draft runs/chat --prompts held-out.jsonl"
+        "eval",
+        short_help="Measure a draft by real speculative decoding.",
+        epilog="Example: specforge eval --target models/qwen3 --draft runs/chat --prompts held-out.jsonl",
     )(evaluate)
 
 
 def evaluate(
     target: Annotated[Path, typer.Option("--target", help="Directory of the target.")],
     draft: Annotated[Path, typer.Option("--draft", help="A run, a checkpoint or an exported draft.")],
-    prompts: Annotated[Path, typer.Option("--prompts", help="JSONL file in the formats of training data; what precedes the first answer is the prompt.")],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--prompts",
+            help="JSONL file in the formats of training data; what precedes the first answer is the prompt.",
+        ),
+    ],
     num_prompts: Annotated[int, typer.Option("--num-prompts", min=1, help="How many prompts to decode.")] = 32,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", min=1, help="Tokens at the beginning of a plain text that are its prompt.")

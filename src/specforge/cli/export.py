@@ -23,12 +23,18 @@ NAMES = {
 
 
 def register(app: typer.Typer) -> None:
-    app.command("export", epilog="Example: specforge export --checkpoint runs/chat --to sglang --out draft")(export)
+    app.command(
+        "export",
+        short_help="Write a draft as a serving engine loads it.",
+        epilog="Example: specforge export --checkpoint runs/chat --to sglang --out draft",
+    )(export)
 
 
 def export(
     checkpoint: Annotated[Path, typer.Option("--checkpoint", help="A checkpoint, or a run (its newest checkpoint).")],
-    out: Annotated[Path, typer.Option("--out", help="Directory to write: new, empty, or an earlier export, which is replaced.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Directory to write: new, empty, or an earlier export, which is replaced.")
+    ],
     to: Annotated[str, typer.Option("--to", help=f"Serving format: {', '.join(FORMATS)}.")] = "sglang",
     as_json: AsJson = False,
 ) -> None:

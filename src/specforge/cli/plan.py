@@ -33,7 +33,11 @@ NAMES = {
 
 
 def register(app: typer.Typer) -> None:
-    app.command("plan", epilog="Example: specforge plan -c run.yaml topology=disaggregated --json")(plan)
+    app.command(
+        "plan",
+        short_help="Print what a run file would run and cost.",
+        epilog="Example: specforge plan -c run.yaml topology=disaggregated --json",
+    )(plan)
 
 
 def plan(

@@ -35,7 +35,10 @@ class RunConfig(BaseModel):
     training: TrainingConfig = Field(TrainingConfig(), description="The training loop.")
     control_plane: ControlPlaneConfig = Field(ControlPlaneConfig(), description="Leases, order and the ledger.")
     data_plane: DataPlaneConfig = Field(DataPlaneConfig(), description="The feature store and prefetching.")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Evaluation in the demo; specforge train does not evaluate, specforge eval has options.")
+    evaluation: EvaluationConfig = Field(
+        EvaluationConfig(),
+        description="Evaluation in the demo; specforge train does not evaluate, specforge eval has options.",
+    )
 
     @model_validator(mode="after")
     def _parts_fit_the_topology(self) -> Self:

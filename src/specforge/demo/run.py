@@ -122,7 +122,7 @@ class Demo:
         return self.out / "responses.jsonl"
 
     def run_config(self) -> RunConfig:
-        """The training as an ordinary run: ``specforge train -c OUT/train/run.yaml`` is the same."""
+        """The training as an ordinary run: ``specforge train -c OUT/train/resolved.yaml`` is the same."""
         recipe = self.recipe
         return RunConfig(
             run_dir=self.out / "train",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import socket
@@ -161,10 +162,8 @@ def held_out_loss(model: Qwen3ForCausalLM, tokens: torch.Tensor, seq_len: int, c
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, modules: list[Module], out: Path) -> None:
     """Write the Hugging Face directory (bf16) with the list of modules it was trained on."""
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    del weights["lm_head.weight"]  # tied to the embedding
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(out, state_dict=weights)
+    rounded: Any = copy.deepcopy(model)
+    rounded.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     listed = [{"name": module.name, "sha256": module.content_hash} for module in modules]
     (out / "modules.json").write_text(json.dumps({"trained_on": listed}, indent=1) + "\n")

@@ -32,7 +32,7 @@ class DecodedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class SpeculativeReport:
-    """Definitions: architecture.md section 12.
+    """Definitions: docs/glossary.md.
 
     * ``accepted_length_mean``: accepted proposals + 1, mean over rounds; 1.0 = nothing accepted (or no round)
     * ``acceptance_per_position[i]``: rounds that accepted at least i + 1 proposals / all rounds

@@ -1,6 +1,6 @@
 """SpeculativeDecoder: greedy speculative decoding in process, checked token by token against plain decoding.
 
-The rounds are those of algorithms.md 10.1; the definitions of every figure are in architecture.md section 12.
+The definitions of the figures are in docs/glossary.md.
 
 Legend: n processed positions, l proposals of a round, r accepted ones, m positions of one forward, V vocabulary.
 """
@@ -169,7 +169,7 @@ class SpeculativeDecoder:
 
 
 def count_accepted(proposals: Sequence[int], greedy: Sequence[int]) -> int:
-    """Leading proposals that equal the target's greedy choice at the preceding position (algorithms.md 10.6)."""
+    """Leading proposals that equal the target's greedy choice at the preceding position."""
     for index, proposal in enumerate(proposals):
         if proposal != greedy[index]:
             return index

@@ -1,4 +1,4 @@
-"""The served ``config.json`` of an EAGLE-3 draft, written and read (serving-formats.md sections 0, 2 and 6).
+"""The served ``config.json`` of an EAGLE-3 draft, written and read.
 
 Two conventions of layer ids are on disk at once: ``eagle_config.eagle_aux_hidden_state_layer_ids`` says "output of
 layer i" (SGLang), the top-level ``eagle_aux_hidden_state_layer_ids`` says "input of layer i" and is one higher (vLLM).

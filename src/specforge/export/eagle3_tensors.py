@@ -1,4 +1,4 @@
-"""Names, shapes and dtypes of a served EAGLE-3 checkpoint (serving-formats.md section 1), checked both ways.
+"""Names, shapes and dtypes of a served EAGLE-3 checkpoint, checked both ways.
 
 Legend: H hidden size of the draft, Ht of the target, I intermediate size, K captured layers, V target vocabulary,
 W draft vocabulary, n query heads, m key/value heads, d head size.

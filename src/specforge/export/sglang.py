@@ -1,6 +1,6 @@
 """Exports an EAGLE-3 draft in the format that SGLang loads (vLLM takes the same directory), and checks it.
 
-``model.safetensors`` + ``config.json`` + a model card. Formats: serving-formats.md sections 1, 2 and 6.
+``model.safetensors`` + ``config.json`` + a model card.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.rollout import RolloutSettings, RolloutWorker
 from specforge.launch.host import ChildSpec, HostExecutor
 from specforge.launch.inputs import (
+    RESOLVED_FILE,
     RunInputs,
     TargetInputs,
     read_run_inputs,
@@ -129,7 +130,7 @@ def build_disagg_online_runtime(
     if newest is not None:
         check_same_run(newest.path, newest.provenance, make_provenance(inputs))
     resolved = resolve(config, inputs.plan)
-    config_file = config.run_dir / "resolved.yaml"
+    config_file = config.run_dir / RESOLVED_FILE
     dump_run_config(resolved, config_file)
     logs = config.run_dir / "logs"
     return HostRuntime(

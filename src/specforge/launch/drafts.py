@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from specforge.algorithms.catalog import get_algorithm
 from specforge.algorithms.eagle3.config import Eagle3DraftConfig, Eagle3Options
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 from specforge.errors import DraftError
-from specforge.export.sglang import exported_revision, load_exported_eagle3
+from specforge.export.eagle3_config import PROVENANCE_KEY
+from specforge.export.sglang import load_exported_eagle3
 from specforge.training.checkpoint import Checkpointer, load_checkpoint
 
 
@@ -47,7 +49,7 @@ def load_draft(path: Path, target: TargetInfo, tables: TargetTables) -> LoadedDr
         raise DraftError(f"{path} is not a directory; give a run directory, a checkpoint or an exported draft")
     if (path / "model.safetensors").exists():
         config, state = load_exported_eagle3(path)
-        options, revision, dtype = Eagle3Options(), exported_revision(path), "float32"
+        options, revision, dtype = Eagle3Options(), _exported_revision(path), "float32"
     else:
         checkpoint = load_checkpoint(find_checkpoint(path))
         config, state = Eagle3DraftConfig.from_dict(checkpoint.provenance.draft_config), checkpoint.draft
@@ -63,6 +65,13 @@ def load_draft(path: Path, target: TargetInfo, tables: TargetTables) -> LoadedDr
     draft.load_state_dict({name: tensor.to(draft.state_dict()[name].dtype) for name, tensor in state.items()})
     spec = algorithm.capture_spec(target, dtype)
     return LoadedDraft(path, algorithm, config, draft.eval(), spec, revision)
+
+
+def _exported_revision(path: Path) -> str | None:
+    """The target revision that an export records. Its ``config.json`` was read and checked before."""
+    served = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    revision: str | None = served[PROVENANCE_KEY].get("target_revision")
+    return revision
 
 
 def check_fits(path: Path, config: Eagle3DraftConfig, target: TargetInfo, revision: str | None) -> None:

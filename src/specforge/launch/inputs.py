@@ -19,6 +19,9 @@ from specforge.inference.target import count_parameters, load_tokenizer, read_ta
 from specforge.launch.plan import DataFacts, ModelFacts, Plan, make_plan
 from specforge.prompts.tasks import load_prompt_tasks
 
+RESOLVED_FILE = "resolved.yaml"
+"""The configuration as it ran, in the run's directory."""
+
 
 @dataclass(frozen=True, slots=True)
 class TargetInputs:

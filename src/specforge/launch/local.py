@@ -9,6 +9,7 @@ from specforge.config.load import dump_run_config
 from specforge.config.run import RunConfig
 from specforge.errors import ConfigError
 from specforge.launch.compose import build_disagg_online_runtime, build_online_runtime
+from specforge.launch.inputs import RESOLVED_FILE
 from specforge.launch.lock import run_lock
 from specforge.launch.runtime import TrainOutcome, stop_on_signals
 from specforge.training.checkpoint import list_checkpoints
@@ -19,19 +20,16 @@ def train(config: RunConfig, resume: bool = False) -> TrainOutcome:
 
     A run directory that holds a run already is refused without ``resume``; ``resume`` in an empty one starts from zero.
     """
-    # Written when nothing was refused: until then the file tells how the run was started.
-    run_file = config.run_dir / "run.yaml"
     with run_lock(config.run_dir) as lock:
         if not resume and holds_run(config.run_dir):
             raise ConfigError(
                 f"{config.run_dir} already holds a run; add --resume to continue it, or choose another run_dir"
             )
         if config.topology == "disaggregated":
-            host = build_disagg_online_runtime(config, resume=resume, keep_open=(lock,))
-            dump_run_config(config, run_file)
-            return host.run()
+            return build_disagg_online_runtime(config, resume=resume, keep_open=(lock,)).run()
         with contextlib.closing(build_online_runtime(config, resume=resume)) as runtime:
-            dump_run_config(config, run_file)
+            # only now: until nothing was refused, the file tells how the run was started
+            dump_run_config(config, config.run_dir / RESOLVED_FILE)
             with stop_on_signals(runtime.request_stop):
                 outcome = runtime.run()
         if not outcome.finished:

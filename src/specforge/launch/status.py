@@ -9,13 +9,14 @@ from typing import Any
 
 from specforge.control_plane.metadata.sql import ledger_summary
 from specforge.errors import ConfigError
+from specforge.launch.inputs import RESOLVED_FILE
 from specforge.launch.lock import LOCK_FILE, is_locked
 from specforge.training.checkpoint import Checkpointer, list_checkpoints
 
 
 def run_status(run_dir: Path) -> dict[str, Any]:
     """Checkpoints, last metrics, ledger counts, and whether a process works in ``run_dir``."""
-    missing = [name for name in ("run.yaml", LOCK_FILE) if not (run_dir / name).exists()]
+    missing = [name for name in (RESOLVED_FILE, LOCK_FILE) if not (run_dir / name).exists()]
     if missing:
         raise ConfigError(
             f"{run_dir} is not a run directory: it has no {missing[0]}; give the directory that run_dir names"

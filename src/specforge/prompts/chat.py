@@ -51,7 +51,7 @@ class ChatEncoder:
         except ValueError:
             raise DataError(
                 "the data holds conversations but the target's tokenizer has no chat template; "
-                'set data.chat_template to a template file (specforge eval reads the one beside the target only), '
+                "set data.chat_template to a template file (specforge eval reads the one beside the target only), "
                 'or give plain {"text": ...} lines'
             ) from None
         if not tokenizer.is_fast:

@@ -84,8 +84,8 @@ def read_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
     if not tasks:
         raise DataError(
             f"{config.path}: no sample is left ({prompts.summary}); each needs an answer of the assistant, or a text, "
-            f""
-            f"within the first {config.max_length} tokens (data.max_length; data.min_loss_tokens = {config.min_loss_tokens})"
+            f"with at least {config.min_loss_tokens} of its tokens (data.min_loss_tokens) among the first "
+            f"{config.max_length} of the sample (data.max_length)"
         )
     return prompts
 

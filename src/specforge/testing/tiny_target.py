@@ -48,7 +48,7 @@ def default_cache() -> Path:
 
 def tiny_target(cache: Path | None = None) -> Path:
     """Directory of the tiny target; trained on first use. Safe to call from several processes at once."""
-    key = hashlib.sha256(f"{asdict(TINY_RECIPE)}|{torch.__version__}|1".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{asdict(TINY_RECIPE)}|{torch.__version__}|2".encode()).hexdigest()[:12]
     directory = (cache or default_cache()) / f"tiny-target-{key}"
     if (directory / "config.json").exists():
         return directory

@@ -1,4 +1,4 @@
-"""AdamW, or Muon for the matrices, on fp32 masters with global-norm clipping (algorithms.md section 2.6)."""
+"""AdamW, or Muon for the matrices, on fp32 masters with global-norm clipping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules in closed form (algorithms.md section 2.6)."""
+"""Learning-rate schedules in closed form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows are supervised, on which tokens, with which teacher (algorithms.md 3.1)."""
+"""Which rows are supervised, on which tokens, with which teacher."""
 
 import pytest
 import torch

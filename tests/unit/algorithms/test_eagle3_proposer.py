@@ -1,4 +1,4 @@
-"""Training equals inference: the unroll against step-by-step decoding (algorithms.md section 12, test 5)."""
+"""Training equals inference: the unroll against step-by-step decoding."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The unroll, the loss and the metrics against their plain forms (algorithms.md section 12, tests 3 to 15)."""
+"""The unroll, the loss and the metrics against their plain forms."""
 
 import pytest
 import torch

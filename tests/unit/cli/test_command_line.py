@@ -84,6 +84,13 @@ def test_bad_input_is_a_sentence_and_exit_code_2(run, arguments, tmp_path, monke
     assert "Traceback" not in err
 
 
+def test_folder_of_a_run_file_is_not_taken_for_a_run(run, tmp_path):
+    (tmp_path / "run.yaml").write_text("run_dir: r\n")
+    code, _, err = run("status", str(tmp_path))
+    assert code == 2
+    assert "give the directory that run_dir names" in err
+
+
 def test_misspelt_override_names_the_key_that_was_meant(run, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("run_dir: r\ntarget: {path: t}\ndata: {path: d}\n")

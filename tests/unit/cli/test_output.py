@@ -1,6 +1,6 @@
 import json
 
-from specforge.cli.output import flat, print_json, print_table, shown, shown_bytes
+from specforge.cli.output import flat, named, print_json, print_table, shown, shown_bytes
 
 
 def test_json_has_no_word_that_json_does_not_know(capsys, tmp_path):
@@ -10,6 +10,11 @@ def test_json_has_no_word_that_json_does_not_know(capsys, tmp_path):
 
 def test_nested_values_become_dotted_rows():
     assert flat({"a": {"b": 1, "c": {"d": 2}}, "e": {}}) == [("a.b", 1), ("a.c.d", 2), ("e", {})]
+
+
+def test_named_rows_are_in_the_order_of_the_names_and_sizes_have_units():
+    names = {"b.size_bytes": "size", "missing": "not there", "a": "first"}
+    assert named({"a": 1, "b": {"size_bytes": 2048}, "c": 3}, names) == [("size", "2.0 KiB"), ("first", 1)]
 
 
 def test_cells_are_for_a_person():

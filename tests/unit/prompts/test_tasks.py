@@ -61,6 +61,13 @@ def test_sample_without_a_loss_token_is_skipped_and_counted(data, tokenizer):
     assert "1 skipped" in prompts.summary
 
 
+def test_samples_that_are_cut_or_skipped_are_warned_of(data, tokenizer, caplog):
+    load_prompt_tasks(data(CHAT), tokenizer)
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    load_prompt_tasks(data({"messages": CHAT["messages"][:1]}, CHAT), tokenizer)
+    assert "1 samples from 2 lines, 1 skipped" in caplog.text
+
+
 def test_samples_that_are_all_skipped_are_an_error(data, tokenizer):
     with pytest.raises(DataError, match=r"no sample is left .*1 skipped"):
         load_prompt_tasks(data(CHAT, min_loss_tokens=100), tokenizer)

@@ -114,7 +114,7 @@ class Eagle3(Algorithm):
 
 
 def aux_layers(chosen: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
-    """The captured layers, default ``[1, L // 2 - 1, L - 4]`` (algorithms.md 2.1), ids "output of layer i".
+    """The captured layers, default ``[1, L // 2 - 1, L - 4]``, ids "output of layer i".
 
     Raises :class:`ConfigError` unless they are distinct, ascending and at most ``L - 2``.
     """

@@ -1,4 +1,4 @@
-"""EAGLE-3: which rows of a packed batch are trained, on which tokens, with which teacher (algorithms.md 3.1).
+"""EAGLE-3: which rows of a packed batch are trained, on which tokens, with which teacher (docs/algorithms/eagle3.md).
 
 Row ``j`` combines the features of token ``j`` with the embedding of token ``j + 1 + k`` at unroll step ``k`` and is
 taught by the target's distribution at token ``j + 1 + k``, which predicts token ``j + 2 + k``. Batches are unshifted;

@@ -1,4 +1,4 @@
-"""EAGLE-3: the loss and the metrics of one micro-batch, all as sums (algorithms.md 3.4, 3.5; architecture section 7).
+"""EAGLE-3: the loss and the metrics of one micro-batch, all as sums (docs/algorithms/eagle3.md).
 
 Legend: T packed tokens, R computed rows, K unroll steps, M supervised (step, row) pairs in step-major order.
 """

@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft: one decoder layer with a doubled attention input (algorithms.md 3.2; Li et al., arXiv 2503.01840).
+"""The EAGLE-3 draft: one decoder layer with a doubled attention input (Li et al., arXiv 2503.01840).
 
 Parameters and buffers carry the names that SGLang and vLLM load.
 

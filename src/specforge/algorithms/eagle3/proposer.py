@@ -1,4 +1,4 @@
-"""EAGLE-3: chain drafting for one sequence (algorithms.md 10.1, 10.2).
+"""EAGLE-3: chain drafting for one sequence.
 
 Cache row ``j`` belongs to features ``a_j`` and token ``x_{j+1}``. Rows with the target's own features stay; the rows of
 a round's speculation follow them and are overwritten by the next round.

@@ -1,4 +1,4 @@
-"""Attention of an unrolled draft over packed documents (algorithms.md 3.3), exact, at the cost of the documents.
+"""Attention of an unrolled draft over packed documents, exact, at the cost of the documents.
 
 The query of row ``j`` at unroll step ``k`` sees the step-0 keys of rows ``<= j`` of its document and, of every later
 step up to ``k``, the key of row ``j`` itself. The causal part is one product per document; the ``k`` diagonal columns

@@ -1,4 +1,4 @@
-"""Soft cross entropy of a draft against a frozen teacher, chunked over rows (algorithms.md 2.5, 3.4, 11.3).
+"""Soft cross entropy of a draft against a frozen teacher, chunked over rows.
 
 Legend: V target vocabulary, W draft vocabulary, H hidden size, Y rows that have a teacher, M loss rows.
 """

@@ -256,7 +256,7 @@ POSITION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "nla": lambda draft, teacher: -_overlap(draft, teacher).clamp(min=1e-5).log(),
     "lk_hybrid": _lk_hybrid,
 }
-"""Per-row losses of draft and teacher logits [T, W] (algorithms.md 9.2)."""
+"""Per-row losses of draft and teacher logits [T, W]."""
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------

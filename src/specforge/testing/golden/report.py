@@ -1,4 +1,4 @@
-"""Comparisons with their tolerances (algorithms.md section 13), collected per vector and printed as one table."""
+"""Comparisons with their tolerances, collected per vector and printed as one table."""
 
 from __future__ import annotations
 
