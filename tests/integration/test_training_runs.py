@@ -141,8 +141,10 @@ def test_a_blocked_side_of_a_disaggregated_run_does_not_poll(tmp_path, tiny_targ
         runs.wait_until(lambda: runs.num_steps(tmp_path / "run") > steps, "the run goes on")
     finally:
         for process in command.family().values():
-            process.kill()
-        command.wait()
+            process.resume()
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait() == 130
+    assert leftovers(run_yaml) == []
 
 
 def copy_of(target: Path, directory: Path) -> Path:
