@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from specforge import __version__
-from specforge.cli import demo, doctor, evaluate, export, plan, status, train
+from specforge.cli import demo, doctor, evaluate, export, plan, quarantine, status, train
 from specforge.errors import SpecForgeError, UserError
 
 RESUMABLE = ("train", "demo")
@@ -49,6 +49,7 @@ plan.register(app)
 evaluate.register(app)
 export.register(app)
 status.register(app)
+quarantine.register(app)
 doctor.register(app)
 
 

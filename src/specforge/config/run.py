@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from specforge.algorithms.eagle3.config import Eagle3Options
+from specforge.config.launch import LaunchConfig
 from specforge.control_plane.config import ControlPlaneConfig
 from specforge.data_plane.config import DataPlaneConfig
 from specforge.evaluation.config import EvaluationConfig
@@ -27,7 +28,7 @@ class RunConfig(BaseModel):
     run_dir: Path = Field(description="Directory of the run: resolved configuration, ledger, logs, checkpoints.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of initialisation, order and everything drawn.")
     topology: Literal["colocated", "disaggregated"] = Field(
-        "colocated", description="colocated: capture and training in one process; disaggregated: in two."
+        "colocated", description="colocated: capture and training in one process; disaggregated: in several."
     )
     target: TargetConfig = Field(description="The frozen target.")
     data: DataConfig = Field(description="The samples to train on.")
@@ -35,6 +36,7 @@ class RunConfig(BaseModel):
     training: TrainingConfig = Field(TrainingConfig(), description="The training loop.")
     control_plane: ControlPlaneConfig = Field(ControlPlaneConfig(), description="Leases, order and the ledger.")
     data_plane: DataPlaneConfig = Field(DataPlaneConfig(), description="The feature store and prefetching.")
+    launch: LaunchConfig = Field(LaunchConfig(), description="The processes of a disaggregated run and their restarts.")
     evaluation: EvaluationConfig = Field(
         EvaluationConfig(),
         description="Evaluation in the demo; specforge train does not evaluate, specforge eval has options.",
@@ -42,14 +44,33 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _parts_fit_the_topology(self) -> Self:
-        if self.topology == "disaggregated" and self.data_plane.store.kind == "local":
-            raise ValueError(
-                "topology is disaggregated but data_plane.store.kind is local, which only one process can see; "
-                "use shared_memory or auto"
-            )
-        if self.topology == "disaggregated" and self.control_plane.ledger.kind == "none":
-            raise ValueError(
-                "topology is disaggregated but control_plane.ledger.kind is none, which cannot survive a lost "
-                "process; use sqlite, memory or auto"
-            )
+        refused = self._refused_apart() if self.topology == "disaggregated" else self._refused_together()
+        if refused is not None:
+            raise ValueError(f"topology is {self.topology} but {refused}")
         return self
+
+    def _refused_apart(self) -> str | None:
+        ledger, in_order = self.control_plane.ledger.kind, self.control_plane.order == "strict"
+        if self.data_plane.store.kind == "local":
+            return "data_plane.store.kind is local, which only one process can see; use shared_memory or auto"
+        if ledger == "none":
+            return (
+                "control_plane.ledger.kind is none, which cannot survive a lost process; use sqlite, postgres, memory "
+                "or auto"
+            )
+        if ledger == "memory" and not in_order:
+            return (
+                "control_plane.order is arrival with control_plane.ledger.kind memory, which forgets what was trained; "
+                "use sqlite, postgres or auto"
+            )
+        return None
+
+    def _refused_together(self) -> str | None:
+        if self.control_plane.order == "arrival":
+            return "control_plane.order is arrival: one process captures in order anyway; use strict"
+        if self.launch.num_capture_workers > 1:
+            return (
+                f"launch.num_capture_workers is {self.launch.num_capture_workers}: one process captures and trains; "
+                "use topology=disaggregated, or 1"
+            )
+        return None

@@ -37,9 +37,12 @@ class TrainBatch(Generic[TensorT]):
 class StepBatches(Generic[TensorT]):
     """One rank's share of one optimizer step.
 
-    ``slots`` are all slots of the global batch (every rank's), in order: the position after this step is known from
-    them alone. ``micro_batches`` may hold empty batches (no sample), so that every rank runs the same number.
+    ``slots`` are all slots of the global batch (every rank's), in order. ``micro_batches`` may hold empty batches (no
+    sample), so that every rank runs the same number. ``num_slots`` is where training stands after this step: in
+    strict order the number of the first slot that is not covered (skipped ones are), in arrival order how many were
+    trained.
     """
 
     micro_batches: tuple[TrainBatch[TensorT], ...]
     slots: tuple[Slot, ...]
+    num_slots: int

@@ -1,16 +1,18 @@
 """Versioned JSON of the records in ``contracts``, and the guard that keeps tensors out of metadata.
 
-A record travels as ``{"type": "SampleRef", "v": 1, ...fields}``. Unknown types, versions and fields are refused.
+A record travels as ``{"type": "SampleRef", "v": 1, ...fields}``. Unknown types, versions and fields are refused, and so
+is every value of another type than the field's: no ``true`` or ``1.0`` for an integer, no NaN.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+import pydantic_core
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 from specforge.contracts.features import FeatureHandle, FeatureSpec
@@ -20,18 +22,14 @@ from specforge.errors import ContractError
 
 CODEC_VERSION = 1
 
-_RECORDS: dict[str, type[Any]] = {
-    record.__name__: record
-    for record in (CaptureSpec, FeatureHandle, FeatureSpec, PromptTask, SampleRef, Slot, SlotRef, TargetInfo)
-}
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 RecordT = TypeVar("RecordT")
 
 
 def to_json(record: Any) -> dict[str, Any]:
     """The JSON object of one record of ``contracts``."""
-    assert_no_tensors(record)
-    return {"type": type(record).__name__, "v": CODEC_VERSION, **_plain(record)}
+    return typing.cast("dict[str, Any]", json.loads(dumps(record)))
 
 
 def from_json(kind: type[RecordT], payload: Any) -> RecordT:
@@ -40,18 +38,35 @@ def from_json(kind: type[RecordT], payload: Any) -> RecordT:
         raise ContractError(f"expected a JSON object of type {kind.__name__}, got {type(payload).__name__}")
     fields = dict(payload)
     name, version = fields.pop("type", None), fields.pop("v", None)
-    if name != kind.__name__ or name not in _RECORDS:
+    form = _FORMS.get(kind)
+    if name != kind.__name__ or form is None:
         raise ContractError(f"expected a record of type {kind.__name__}, got {name!r}")
     if version != CODEC_VERSION:
         raise ContractError(f"{name}: this build reads version {CODEC_VERSION} of the record, got {version!r}")
-    return typing.cast("RecordT", _build(kind, fields))
+    try:
+        text = json.dumps(fields, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ContractError(f"{name}: not made of what JSON can carry: {error}") from None
+    return typing.cast("RecordT", form.read(text))
 
 
 def dumps(record: Any) -> str:
-    return json.dumps(to_json(record), separators=(",", ":"), allow_nan=False)
+    """The JSON text of one record, which ``loads`` accepts; a record it would not accept is a ``ContractError``."""
+    form = _FORMS.get(type(record))
+    if form is None:
+        raise ContractError(f"expected a record of contracts, got a {type(record).__name__}")
+    return _tag(form.name) + form.write(record).decode()[1:]
 
 
 def loads(kind: type[RecordT], text: str | bytes) -> RecordT:
+    """The record of type ``kind`` in ``text``; anything else in there is a :class:`ContractError`."""
+    form = _FORMS.get(kind)
+    if form is not None:
+        text = text if isinstance(text, str) else text.decode(errors="replace")
+        tag = _tag(form.name)
+        # As ``dumps`` writes it, the tag comes first: what follows is read in one go.
+        if text.startswith(tag):
+            return typing.cast("RecordT", form.read("{" + text[len(tag) :]))
     try:
         payload = json.loads(text)
     except ValueError as error:
@@ -59,9 +74,16 @@ def loads(kind: type[RecordT], text: str | bytes) -> RecordT:
     return from_json(kind, payload)
 
 
+def _tag(name: str) -> str:
+    return f'{{"type":"{name}","v":{CODEC_VERSION},'
+
+
 def assert_no_tensors(value: Any, path: str = "record") -> None:
     """Raise :class:`ContractError` unless ``value`` is made of plain data all the way down."""
     if value is None or isinstance(value, str | int | float | bool):
+        return
+    form = _FORMS.get(type(value))
+    if form is not None and form.is_exact(value):
         return
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
@@ -76,75 +98,70 @@ def assert_no_tensors(value: Any, path: str = "record") -> None:
         raise ContractError(f"{path} holds a {type(value).__name__}: metadata carries references, never tensors")
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+class Form(Generic[RecordT]):
+    """The JSON text of one type, a dataclass or any other that pydantic knows, read and written strictly.
 
+    It travels as the only item of a tuple, because the records themselves carry no configuration.
+    """
 
-def _build(kind: type[Any], fields: dict[str, Any]) -> Any:
-    hints = _hints(kind.__name__)
-    unknown = set(fields) - set(hints)
-    if unknown:
-        raise ContractError(f"{kind.__name__}: unknown field {min(unknown)!r}")
-    missing = {
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    } - set(fields)
-    if missing:
-        raise ContractError(f"{kind.__name__}: field {min(missing)!r} is missing")
-    return kind(**{name: _typed(hints[name], value, f"{kind.__name__}.{name}") for name, value in fields.items()})
+    def __init__(self, kind: type[RecordT], name: str = "") -> None:
+        # Instances are looked through: a serializer alone takes a tensor of one element for the integer that it holds.
+        config = ConfigDict(**_STRICT, revalidate_instances="always")
+        self.adapter: TypeAdapter[Any] = TypeAdapter(tuple[kind], config=config)  # type: ignore[valid-type]
+        self.name = name or kind.__name__
+        self._check = self.adapter.validator.validate_python
+        self._write = self.adapter.serializer.to_json
+        self._read = self.adapter.validator.validate_json
 
-
-@functools.cache
-def _hints(name: str) -> dict[str, Any]:
-    return typing.get_type_hints(_RECORDS[name])
-
-
-def _typed(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as ``hint`` says, lists turned into tuples."""
-    origin = typing.get_origin(hint)
-    if origin is types.UnionType or origin is typing.Union:
-        return _one_of(typing.get_args(hint), value, path)
-    if origin is tuple:
-        return _tuple(typing.get_args(hint), value, path)
-    if origin is dict or dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise _wrong(path, "an object", value)
-        if origin is dict:
-            of_key, of_item = typing.get_args(hint)
-            return {_typed(of_key, key, path): _typed(of_item, item, path) for key, item in value.items()}
-        return _build(typing.cast("type[Any]", hint), value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise _wrong(path, getattr(hint, "__name__", hint), value)
-    return value
-
-
-def _one_of(options: tuple[Any, ...], value: Any, path: str) -> Any:
-    for option in options:
+    def is_exact(self, value: object) -> bool:
+        """Every value inside is of its declared type, and a number that JSON can carry."""
         try:
-            return _typed(option, value, path)
-        except ContractError:
-            continue
-    raise _wrong(path, " or ".join(getattr(option, "__name__", str(option)) for option in options), value)
+            self._check((value,))
+        except ValidationError:
+            return False
+        return True
+
+    def write(self, value: RecordT) -> bytes:
+        """The JSON text. Where types inside differ from the declared ones: if they read as those."""
+        try:
+            if self.is_exact(value):
+                return self._write((value,))[1:-1]
+            assert_no_tensors(value)
+            data = pydantic_core.to_json((value,), inf_nan_mode="constants")
+        except pydantic_core.PydanticSerializationError as error:
+            raise ContractError(f"{self.name}: cannot be written as JSON: {error}") from None
+        return self.write(self._read_list(data))
+
+    def read(self, text: str | bytes) -> RecordT:
+        """What ``text`` says; a :class:`ContractError` names the place of the first fault."""
+        return self._read_list("[" + text + "]" if isinstance(text, str) else b"[" + text + b"]")
+
+    def _read_list(self, data: str | bytes) -> RecordT:
+        try:
+            return typing.cast("RecordT", self._read(data)[0])
+        except ValidationError as error:
+            raise _explain(error, self.name) from None
 
 
-def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise _wrong(path, "a list", value)
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(_typed(arguments[0], item, path) for item in value)
-    if len(arguments) != len(value):
-        raise _wrong(path, f"a list of {len(arguments)}", value)
-    return tuple(_typed(kind, item, path) for kind, item in zip(arguments, value, strict=True))
+def _explain(error: ValidationError, name: str) -> ContractError:
+    """The first complaint, with its place below ``name``."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    if first["type"] == "json_invalid":
+        return ContractError(f"{name}: not valid JSON: {first['msg']}")
+    steps = first["loc"][1:]
+    named = bool(steps) and isinstance(steps[-1], str)
+    if named and first["type"] in {"missing", "unexpected_keyword_argument"}:
+        what = "field {!r} is missing" if first["type"] == "missing" else "unknown field {!r}"
+        return ContractError(f"{name}{_place(steps[:-1])}: {what.format(steps[-1])}")
+    expected = first["msg"].replace("Input should be", "expected")
+    return ContractError(f"{name}{_place(steps)}: {expected}, got {first['input']!r:.80}")
 
 
-def _wrong(path: str, expected: object, value: Any) -> ContractError:
-    return ContractError(f"{path}: expected {expected}, got {value!r:.80}")
+def _place(steps: tuple[int | str, ...]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+
+
+_FORMS: dict[type[Any], Form[Any]] = {
+    kind: Form(kind)
+    for kind in (CaptureSpec, FeatureHandle, FeatureSpec, PromptTask, SampleRef, Slot, SlotRef, TargetInfo)
+}

@@ -32,6 +32,26 @@ class LeaseReply:
     finished: bool
 
 
+class Features(Protocol):
+    """What the controller needs of the feature store: names, never tensors. Every ``FeatureStore`` has it."""
+
+    def abort(self, samples: Sequence[tuple[str, int]]) -> None:
+        """Free the features of these (sample_id, generation) pairs, wherever they are. Unknown ones are no error."""
+        ...
+
+    def live(self, refs: Sequence[SampleRef]) -> list[bool]:
+        """Which refs can be read now."""
+        ...
+
+    def stored(self) -> list[tuple[str, int]]:
+        """Every readable (sample_id, generation) of the run, whoever wrote it, dead writers included."""
+        ...
+
+    def gc(self) -> int:
+        """Reclaim what dead writers and readers left behind."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class CommitReply:
     """One entry a committed ref: accepted, or refused because its generation is stale (free those features)."""
@@ -45,7 +65,8 @@ class CaptureControl(Protocol):
     def lease(self, worker_id: str, max_tasks: int, timeout_s: float) -> LeaseReply:
         """Up to ``max_tasks`` leases, in slot order; blocks up to ``timeout_s`` while there is none to give.
 
-        Gives none while credits (samples in flight, resident bytes) are used up.
+        Gives none while credits (samples in flight, resident bytes) are used up. A sample that was held by workers
+        that died comes alone, to a worker that holds nothing else.
         """
         ...
 
@@ -61,8 +82,10 @@ class CaptureControl(Protocol):
         """Extends every lease of the worker by its duration."""
         ...
 
-    def abandon(self, worker_id: str, reason: str) -> None:
-        """The worker failed for good: the run cannot finish, and ends with this reason."""
+    def leave(self, worker_id: str, reason: str | None) -> None:
+        """The worker is gone, or goes now: its leases are given to others. ``reason`` None: in good order; else it died
+        or its engine broke, which is counted as a crash of every sample that it held.
+        """
         ...
 
 
@@ -70,7 +93,9 @@ class TrainControl(Protocol):
     """What the trainer may do. ``step`` counts completed optimizer steps, so the first ack carries step 1."""
 
     def ack(self, slots: Sequence[Slot], step: int) -> None:
-        """These slots were used by optimizer step ``step``. Exactly once a slot."""
+        """These slots were used by optimizer step ``step``: exactly once a slot. Repeating it with the same step
+        changes nothing.
+        """
         ...
 
     def checkpointed(self, step: int) -> None:

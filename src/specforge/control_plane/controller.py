@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from specforge.contracts.codec import assert_no_tensors
 from specforge.contracts.refs import SampleRef, Slot, SlotRef
 from specforge.contracts.tasks import PromptTask
 from specforge.control_plane.backpressure import Credits
-from specforge.control_plane.base import CommitReply, Lease, LeaseReply
+from specforge.control_plane.base import CommitReply, Features, Lease, LeaseReply
 from specforge.control_plane.channel.base import RefWriter
-from specforge.control_plane.metadata.base import Dispatch, MetadataStore
-from specforge.control_plane.prompts import SampleOrder
-from specforge.control_plane.window import CaptureWindow, InFlight
+from specforge.control_plane.metadata.base import Attempt, Dispatch, MetadataStore, Position, Quarantine
+from specforge.control_plane.numbers import RunNumbers
+from specforge.control_plane.prompts import SampleOrder, TaskSource
+from specforge.control_plane.recovery import Checkpointed, reconcile
+from specforge.control_plane.window import SUSPECT_AFTER, CaptureWindow, InFlight
 from specforge.errors import ConfigError, ContractError, DataError, InvalidTransition
+from specforge.faults import fault_point
+
+_KEPT_LEASE_CALLS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerSettings:
-    """``window_slots``: how many slots beyond the last acked one may be leased or resident, at least ``step_slots``
+    """``window_slots``: how many slots beyond the last acked one may be leased or captured, at least ``step_slots``
     (the slots of one optimizer step, always grantable). ``max_resident_bytes``: features leased or resident, ``None``
     is unbounded. ``bytes_per_token`` estimates a sample's features before its capture. ``max_attempts``: failures of
-    a prompt before it is quarantined; more than ``max_quarantined`` of those end the run.
+    a prompt before it is quarantined; ``max_crash_attempts``: deaths of workers that held it alone; more than
+    ``max_quarantined`` samples in quarantine end the run. ``in_order``: strict order, else arrival order.
+    ``release``: features are freed with the ack, or when a checkpoint covers it.
     """
 
     window_slots: int
@@ -33,70 +42,94 @@ class ControllerSettings:
     bytes_per_token: int = 0
     lease_s: float = 60.0
     max_attempts: int = 3
+    max_crash_attempts: int = 3
     max_quarantined: int = 0
+    low_watermark: float = 1.0
+    in_order: bool = True
+    release: Literal["at_step", "at_checkpoint"] = "at_step"
 
     def __post_init__(self) -> None:
-        if self.lease_s <= 0 or self.max_attempts < 1 or self.max_quarantined < 0 or self.bytes_per_token < 0:
-            raise ConfigError(
-                f"expected lease_s > 0, max_attempts >= 1, max_quarantined >= 0 and bytes_per_token >= 0, got {self}"
-            )
+        if self.lease_s <= 0 or min(self.max_attempts, self.max_crash_attempts) < 1:
+            raise ConfigError(f"expected lease_s > 0, max_attempts >= 1 and max_crash_attempts >= 1, got {self}")
+        if self.max_quarantined < 0 or self.bytes_per_token < 0:
+            raise ConfigError(f"expected max_quarantined >= 0 and bytes_per_token >= 0, got {self}")
 
 
 class DataFlowController:
     """Implements ``CaptureControl`` and ``TrainControl`` over a ledger; safe to call from any thread.
 
-    Leases are given, and committed refs published to ``writer``, strictly in slot order. ``on_release`` receives
-    (sample_id, generation) pairs to free in the feature store; it is called without a lock held, before the freed
-    bytes are granted again. ``resume`` comes before everything else; without it the run starts at its first slot.
-    The stream is closed when every slot is dispatched: nothing will be published after that.
+    Leases are given in slot order; committed refs are published to ``writer`` in slot order too, or as they come
+    (``in_order`` False). Features are freed without a lock held, before their bytes are granted again. ``resume``
+    comes before everything else; without it the run starts at its first slot. The stream is closed when every slot is
+    dispatched: nothing will be published after that.
     """
 
     def __init__(
         self,
         store: MetadataStore,
         order: SampleOrder,
-        tasks: Sequence[PromptTask],
+        tasks: TaskSource,
         writer: RefWriter,
         settings: ControllerSettings,
-        on_release: Callable[[Sequence[tuple[str, int]]], None],
+        features: Features,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        store.register(tasks)
+        tasks.register(store)
         if not len(tasks) == order.num_samples == store.num_tasks():
             raise DataError(
                 f"expected as many prompts as samples in the order and in the ledger, got {len(tasks)} prompts, "
                 f"{order.num_samples} samples and {store.num_tasks()} recorded; resume with the prompts that the run "
                 "was started with"
             )
-        store.bind(order.key)
-        limits = Credits(settings.window_slots, settings.step_slots, settings.max_resident_bytes)
+        if not settings.in_order and not store.keeps_history:
+            raise ConfigError("arrival order needs a ledger that keeps what was trained; use strict order")
+        store.bind(f"{order.key} order={'strict' if settings.in_order else 'arrival'}")
+        limits = Credits(
+            settings.window_slots, settings.step_slots, settings.max_resident_bytes, settings.low_watermark
+        )
         self._store, self._order, self._tasks, self._writer = store, order, tasks, writer
-        self._settings, self._on_release, self._clock = settings, on_release, clock
-        self._window = CaptureWindow(order, limits, lambda i: tasks[i].num_tokens * settings.bytes_per_token)
+        self._settings, self._features, self._clock = settings, features, clock
+        self._window = CaptureWindow(order, limits, self._estimate_bytes, in_order=settings.in_order)
         self._changed = threading.Condition()
+        self._lease_calls: OrderedDict[str, list[Attempt]] = OrderedDict()
+        self._numbers = RunNumbers()
         self._started = False
         self._drained = False
         self._stopped = False
         self._failure: str | None = None
 
-    def resume(self, num_slots: int, step: int) -> None:
-        """Continue from the checkpoint of optimizer step ``step``, which covers the first ``num_slots`` slots.
+    def resume(
+        self, position: Position, state: Mapping[str, Any] | None = None, live_workers: Collection[str] = ()
+    ) -> None:
+        """Continue from the checkpoint at ``position``; ``state`` is what ``checkpoint_state`` gave for it.
 
-        The checkpoint is the truth: the ledger is reconciled to it, forwards and backwards, and whatever was in
-        flight is captured again.
+        The checkpoint is the truth: the ledger is reconciled to it, forwards and backwards. Leases of
+        ``live_workers`` and features that can still be read stay; what else was in flight is captured again.
         """
         with self._changed:
             if self._started:
                 raise InvalidTransition("resume comes before the first lease")
-            if not 0 <= num_slots <= self._order.total or (num_slots > 0) != (step > 0):
+            if not 0 <= position.num_slots <= self._order.total or (position.num_slots > 0) != (position.step > 0):
                 raise DataError(
-                    f"the checkpoint covers {num_slots} slots at step {step}, but the run has {self._order.total}; "
-                    "resume with the configuration that the run was started with"
+                    f"the checkpoint covers {position.num_slots} slots at step {position.step}, but the run has "
+                    f"{self._order.total}; resume with the configuration that the run was started with"
                 )
-            self._store.rewind(num_slots, step, self._order.index_at)
+            limits = self._settings.window_slots
+            found = reconcile(
+                self._store, self._features, self._order, Checkpointed(position, state), limits, live_workers
+            )
+            deadline = self._clock() + self._settings.lease_s
+            tasks = self._tasks.at([item.attempt.sample for item in found.kept])
+            adopted = [
+                InFlight.adopted(item, task.sample_id, deadline, self._estimate_bytes(task.index))
+                for item, task in zip(found.kept, tasks, strict=True)
+            ]
+            self._window.suspects = self._store.crashed(SUSPECT_AFTER)
+            self._window.start(found.first_slot, found.trained, found.quarantines, adopted)
+            self._numbers.resume(self._store.counts())
             self._started = True
-            self._window.start(num_slots, self._store.quarantined())
-            self._publish()
+            self._publish(self._dispatch_ready())
+        self.collect()
 
     # CaptureControl
 
@@ -105,24 +138,32 @@ class DataFlowController:
         worker_id: str,
         max_tasks: int,
         timeout_s: float,
+        key: str = "",
         cancelled: Callable[[], bool] = lambda: False,
     ) -> LeaseReply:
-        """See ``CaptureControl``. A call whose ``cancelled`` turns true ends at the next ``wake`` with no lease."""
+        """See ``CaptureControl``. Repeated with the ``key`` of an earlier call it gives what is left of its leases.
+
+        A call whose ``cancelled`` turns true ends at the next ``wake`` with no lease.
+        """
         deadline = self._clock() + timeout_s
-        with self._changed:
-            self._start()
-            while True:
+        while True:
+            with self._changed:
+                self._start()
                 if self._ended:
                     return LeaseReply((), finished=True)
                 if cancelled():
                     return LeaseReply((), finished=False)
-                self._expire()
-                leases = self._lease(worker_id, max_tasks)
+                expired = self._expire()
+                leases = self._repeat(key) or self._lease(worker_id, max_tasks, key)
                 now = self._clock()
-                if leases or now >= deadline:
-                    return LeaseReply(leases, finished=False)
-                next_expiry = min((sample.deadline for sample in self._window.leased()), default=deadline)
-                self._changed.wait(max(0.0, min(deadline, next_expiry) - now))
+                if not expired and not leases and now < deadline:
+                    next_expiry = min((sample.deadline for sample in self._window.leases.values()), default=deadline)
+                    self._changed.wait(max(0.0, min(deadline, next_expiry) - now))
+            if expired:
+                self.collect()
+            if leases or now >= deadline:
+                fault_point("controller.leased")
+                return LeaseReply(leases, finished=False)
 
     def commit(self, refs: Sequence[SampleRef]) -> CommitReply:
         """See ``CaptureControl``. Once the run is over nothing is accepted, so that the features are freed."""
@@ -135,13 +176,25 @@ class DataFlowController:
                 return CommitReply((False,) * len(refs))
             found = [self._find(ref) for ref in refs]
             known = [(index, ref) for index, ref in zip(found, refs, strict=True) if index is not None]
-            accepted = iter(self._store.commit(known))
-            reply = tuple(index is not None and next(accepted) for index in found)
-            for index, ref, ok in zip(found, refs, reply, strict=True):
-                sample = None if index is None else self._window.in_flight.get(index)
-                if ok and sample is not None and sample.ref is None:
-                    self._window.commit(sample.index, ref)
-            self._publish()
+
+            def work() -> tuple[list[bool], dict[int, SampleRef], list[tuple[int, InFlight, SampleRef]]]:
+                accepted = self._store.commit(known)
+                fresh = {
+                    index: ref
+                    for (index, ref), ok in zip(known, accepted, strict=True)
+                    if ok and index in self._window.leases
+                }
+                return accepted, fresh, self._dispatch_ready(fresh)
+
+            accepted, fresh, ready = self._store.transact(work)
+            fault_point("controller.committed")
+            for index, ref in fresh.items():
+                self._window.commit(index, ref)
+            answers = iter(accepted)
+            reply = tuple(index is not None and next(answers) for index in found)
+            self._numbers.num_commits += len(fresh)
+            self._numbers.num_late_commits += reply.count(False)
+            self._publish(ready)
             self._changed.notify_all()
             return CommitReply(reply)
 
@@ -151,24 +204,35 @@ class DataFlowController:
             self._start()
             self._expire()
             index = self._window.find(sample_id)
-            sample = None if index is None else self._window.in_flight[index]
-            if self._ended or sample is None or sample.generation != generation or sample.ref is not None:
+            sample = None if index is None else self._window.leases.get(index)
+            if self._ended or sample is None or sample.generation != generation:
                 return
             num_failures = self._store.fail(sample.attempt, reason)
+            self._numbers.num_failures += 1
             self._window.give_back(sample.index)
             if num_failures >= self._settings.max_attempts:
-                self._quarantine(sample.index, f"{reason} (worker {worker_id}, attempt {generation})")
+                times = f"failed {num_failures} time{'s' if num_failures > 1 else ''}"
+                self._quarantine(sample.index, f"{times}, last in worker {worker_id}: {reason}")
             self._changed.notify_all()
 
     def heartbeat(self, worker_id: str) -> None:
         with self._changed:
             self._expire()
-            for sample in self._window.leased():
-                if sample.worker_id == worker_id:
-                    sample.deadline = self._clock() + self._settings.lease_s
+            for sample in self._window.leased_by(worker_id):
+                sample.deadline = self._clock() + self._settings.lease_s
 
-    def abandon(self, worker_id: str, reason: str) -> None:
-        self.fail_run(f"capture worker {worker_id} failed: {reason}")
+    def leave(self, worker_id: str, reason: str | None) -> None:
+        with self._changed:
+            self._start()
+            samples = self._window.leased_by(worker_id)
+            if reason is not None:
+                self._crash(samples, reason)
+            elif samples:
+                self._store.requeue([sample.attempt for sample in samples])
+                for sample in samples:
+                    self._window.give_back(sample.index)
+            self._changed.notify_all()
+        self.collect()
 
     # TrainControl
 
@@ -176,28 +240,56 @@ class DataFlowController:
         numbers = [self._order.linear(slot) for slot in slots]
         with self._changed:
             self._start()
-            self._store.ack(numbers, step)
-            unneeded = self._window.ack(numbers)
-            self._store.release([sample.attempt for sample in unneeded])
+            fresh = [number for number in numbers if not self._is_repeated(number, step)]
+            unneeded = self._window.unneeded(fresh)
+            freed, kept = (unneeded, []) if self._settings.release == "at_step" else ([], unneeded)
+
+            def work() -> None:
+                self._store.ack(fresh, step)
+                self._store.release([sample.attempt for sample in freed])
+
+            self._store.transact(work)
+            fault_point("controller.acked")
+            self._window.ack(fresh)
+            self._numbers.acked(len(fresh), step)
             # A slot opened from here on finds no live features, and leads to a new generation.
-            for sample in unneeded:
+            for sample in freed:
                 self._window.retire(sample)
-        try:
-            if unneeded:
-                self._on_release([(sample.sample_id, sample.generation) for sample in unneeded])
-        finally:
-            with self._changed:
-                for sample in unneeded:
-                    self._window.freed(sample)
-                self._window.advance()
-                self._publish()
-                self._changed.notify_all()
+            self._window.retain(kept, step)
+        self._free(freed)
 
     def checkpointed(self, step: int) -> None:
         with self._changed:
-            self._store.checkpointed(step)
+            covered = self._window.covered(step)
+
+            def work() -> None:
+                self._store.checkpointed(step)
+                self._store.release([sample.attempt for sample in covered])
+
+            self._store.transact(work)
+            fault_point("controller.checkpointed")
+            for sample in covered:
+                self._window.retire(sample)
+            self._numbers.checkpointed(step)
+        self._free(covered)
+        self._features.gc()
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint must say besides the position, as JSON: the quarantines."""
+        with self._changed:
+            return {"quarantines": [asdict(quarantine) for quarantine in self._store.quarantines()]}
 
     # The run
+
+    def collect(self) -> int:
+        """Free the features that the ledger does not want, whoever left them; how many samples that were."""
+        stored = self._features.stored()
+        with self._changed:
+            wanted = {(sample.sample_id, sample.generation) for sample in self._window.in_flight.values()}
+        orphans = [pair for pair in stored if pair not in wanted]
+        self._features.abort(orphans)
+        self._features.gc()
+        return len(orphans)
 
     def finish(self) -> None:
         """The trainer is done, with or without the last slot: workers are sent home, resident features freed."""
@@ -208,15 +300,18 @@ class DataFlowController:
             # Before the ledger, which may refuse: whoever waits for the stream must not wait for ever.
             self._writer.close()
             self._changed.notify_all()
-            leased = self._window.leased()
+            leased = list(self._window.leases.values())
             resident = [sample for sample in self._window.in_flight.values() if sample.ref is not None]
-            self._store.requeue([sample.attempt for sample in leased])
-            self._store.release([sample.attempt for sample in resident])
+
+            def work() -> None:
+                self._store.requeue([sample.attempt for sample in leased])
+                self._store.release([sample.attempt for sample in resident])
+
+            self._store.transact(work)
             for sample in [*leased, *resident]:
                 self._window.retire(sample)
                 self._window.freed(sample)
-        if resident:
-            self._on_release([(sample.sample_id, sample.generation) for sample in resident])
+        self._features.abort([(sample.sample_id, sample.generation) for sample in resident])
 
     def fail_run(self, reason: str) -> None:
         """A side failed for good: the consumer raises ``ProducerFailed`` with ``reason``, workers are sent home.
@@ -234,18 +329,27 @@ class DataFlowController:
         with self._changed:
             self._changed.notify_all()
 
-    def summary(self) -> dict[str, int | str | None]:
-        """Counts of the ledger (``LedgerCounts``), the run's length, resident bytes, its state and failure."""
+    def summary(self) -> dict[str, int | float | str | None]:
+        """How the run stands, from memory: costs nothing, at any size of the ledger."""
         with self._changed:
-            state = "failed" if self._failure else "finished" if self._stopped else "running"
+            window = self._window
             return {
-                **asdict(self._store.counts()),
+                "num_samples": self._order.num_samples,
                 "num_slots": self._order.total,
-                "num_slots_captured_ahead": self._window.next_dispatch - self._window.first_open,
-                "resident_bytes": self._window.resident_bytes,
-                "state": state,
+                **self._numbers.to_dict(),
+                "num_slots_captured_ahead": window.num_captured_ahead,
+                "num_leased": len(window.leases),
+                "num_resident": len(window.in_flight) - len(window.leases),
+                "resident_bytes": window.resident_bytes,
+                "num_quarantined": window.num_quarantined,
+                "state": "failed" if self._failure else "finished" if self._stopped else "running",
                 "failure": self._failure,
             }
+
+    def account(self) -> dict[str, int | float | str | None]:
+        """``summary`` with the ledger's own numbers (``LedgerCounts``), which it has to count."""
+        with self._changed:
+            return self.summary() | asdict(self._store.counts())
 
     def close(self) -> None:
         """Close the ledger. The run is over, or the process about to end."""
@@ -260,65 +364,168 @@ class DataFlowController:
 
     def _start(self) -> None:
         if not self._started:
-            self.resume(0, 0)
+            self.resume(Position(0, 0, self._settings.in_order))
 
-    def _lease(self, worker_id: str, max_tasks: int) -> tuple[Lease, ...]:
-        taken = self._window.take(max_tasks)
+    def _estimate_bytes(self, index: int) -> int:
+        return self._tasks.num_tokens(index) * self._settings.bytes_per_token
+
+    def _repeat(self, key: str) -> tuple[Lease, ...]:
+        """What is left of the leases that an earlier call with this key was given."""
+        attempts = self._lease_calls.get(key, ())
+        held = [self._window.leases.get(attempt.sample) for attempt in attempts]
+        still = [
+            sample
+            for sample, attempt in zip(held, attempts, strict=True)
+            if sample is not None and sample.generation == attempt.generation
+        ]
+        return self._given_again(still)
+
+    def _given_again(self, samples: Sequence[InFlight]) -> tuple[Lease, ...]:
+        tasks = self._tasks.at([sample.index for sample in samples]) if samples else []
+        for sample in samples:
+            sample.is_adopted, sample.deadline = False, self._clock() + self._settings.lease_s
+        return tuple(self._lease_of(task, sample) for task, sample in zip(tasks, samples, strict=True))
+
+    def _lease(self, worker_id: str, max_tasks: int, key: str) -> tuple[Lease, ...]:
+        held = self._window.leased_by(worker_id)
+        again = [sample for sample in held if sample.is_adopted]
+        if again:
+            # A worker asks when it has nothing left: the answer that gave it these was lost with an earlier controller.
+            again.sort(key=lambda sample: self._window.first_slot_of(sample.index))
+            self._remember(key, again)
+            return self._given_again(again)
+        if any(sample.index in self._window.suspects for sample in held):
+            return ()
+        taken = self._window.take(max_tasks, idle=not held)
+        if not taken:
+            return ()
+        indices = [index for index, _ in taken]
         try:
-            generations = self._store.lease([index for index, _ in taken], worker_id) if taken else []
+            tasks = self._tasks.at(indices)
+            generations = self._store.lease(indices, worker_id)
         except BaseException:
-            for index, _ in taken:
+            for index in indices:
                 self._window.give_back(index)
             raise
         deadline = self._clock() + self._settings.lease_s
-        leases: list[Lease] = []
-        for (index, num_bytes), generation in zip(taken, generations, strict=True):
-            task = self._tasks[index]
-            self._window.lease(InFlight(index, task.sample_id, generation, worker_id, deadline, num_bytes))
-            leases.append(Lease(task, generation, self._settings.lease_s))
-        return tuple(leases)
+        leased = [
+            InFlight(index, task.sample_id, generation, worker_id, deadline, num_bytes)
+            for task, (index, num_bytes), generation in zip(tasks, taken, generations, strict=True)
+        ]
+        for sample in leased:
+            self._window.lease(sample)
+        self._numbers.num_leases_given += len(leased)
+        self._remember(key, leased)
+        return tuple(self._lease_of(task, sample) for task, sample in zip(tasks, leased, strict=True))
 
-    def _expire(self) -> None:
+    def _remember(self, key: str, samples: Sequence[InFlight]) -> None:
+        if key:
+            self._lease_calls[key] = [sample.attempt for sample in samples]
+            if len(self._lease_calls) > _KEPT_LEASE_CALLS:
+                self._lease_calls.popitem(last=False)
+
+    def _lease_of(self, task: PromptTask, sample: InFlight) -> Lease:
+        return Lease(task, sample.generation, self._settings.lease_s)
+
+    def _expire(self) -> bool:
+        """Take back the leases whose time is up; whether there were any."""
         now = self._clock()
-        expired = [sample for sample in self._window.leased() if sample.deadline <= now]
-        if expired:
-            self._store.requeue([sample.attempt for sample in expired])
-            for sample in expired:
-                self._window.give_back(sample.index)
+        by_worker: dict[str, list[InFlight]] = {}
+        for sample in self._window.leases.values():
+            if sample.deadline <= now:
+                by_worker.setdefault(sample.worker_id, []).append(sample)
+        for samples in by_worker.values():
+            self._crash(samples, f"it fell silent for more than {self._settings.lease_s:g} s")
+        if by_worker:
             self._changed.notify_all()
+        return bool(by_worker)
+
+    def _crash(self, samples: Sequence[InFlight], reason: str) -> None:
+        """Their worker died, or fell silent, while it held them."""
+        if not samples:
+            return
+        worker_id = samples[0].worker_id
+        num_crashes = self._store.crash([sample.attempt for sample in samples])
+        self._numbers.num_crashes += 1
+        for sample, num in zip(samples, num_crashes, strict=True):
+            self._window.give_back(sample.index)
+            if num >= SUSPECT_AFTER:
+                self._window.suspects[sample.index] = num
+        for sample, num in zip(samples, num_crashes, strict=True):
+            num_alone = num - SUSPECT_AFTER
+            if num_alone >= self._settings.max_crash_attempts and self._window.has_open_slot(sample.index):
+                self._quarantine(
+                    sample.index,
+                    f"{num} workers died while they held it, {num_alone} of them while they held nothing else; "
+                    f"the last was worker {worker_id}: {reason}",
+                )
 
     def _find(self, ref: SampleRef) -> int | None:
         index = self._window.find(ref.sample_id)
         if index is None:
             return self._store.find(ref.sample_id)
-        if ref.num_tokens != self._tasks[index].num_tokens:
+        if ref.num_tokens != self._tasks.num_tokens(index):
             raise ContractError(
-                f"sample {ref.sample_id!r}: the prompt has {self._tasks[index].num_tokens} tokens, "
+                f"sample {ref.sample_id!r}: the prompt has {self._tasks.num_tokens(index)} tokens, "
                 f"its features {ref.num_tokens}"
             )
         return index
 
-    def _publish(self) -> None:
-        """Dispatch what is next in line; the ledger first, then the channel."""
+    def _is_repeated(self, number: int, step: int) -> bool:
+        """Whether the slot was acked before, with this very step."""
+        if not self._window.is_trained(number):
+            return False
+        if self._store.keeps_history and self._store.slot_step(number) != step:
+            raise InvalidTransition(
+                f"slot {number} was not trained by step {step} but by {self._store.slot_step(number)}: one ack a slot"
+            )
+        return True
+
+    def _dispatch_ready(
+        self, committed: Mapping[int, SampleRef] | None = None
+    ) -> list[tuple[int, InFlight, SampleRef]]:
+        """Enter what is next in line into the ledger; ``_publish`` follows when that is certain."""
+        if self._ended:
+            return []
+        ready = self._window.dispatchable(committed or {})
+        self._store.dispatch([Dispatch(slot, *sample.attempt) for slot, sample, _ in ready])
+        return ready
+
+    def _publish(self, ready: Sequence[tuple[int, InFlight, SampleRef]]) -> None:
         if self._ended:
             return
-        ready = self._window.dispatchable()
         if ready:
-            self._store.dispatch([Dispatch(slot, *sample.attempt) for slot, sample, _ in ready])
-            self._window.dispatched([slot for slot, _, _ in ready])
+            self._window.dispatched(slot for slot, _, _ in ready)
             self._writer.publish([SlotRef(self._order.slot(slot), ref) for slot, _, ref in ready])
-        if self._window.next_dispatch == self._order.total:
+            fault_point("controller.published")
+        if self._window.all_dispatched:
             self._drained = True
             self._writer.close()
 
     def _quarantine(self, index: int, reason: str) -> None:
-        self._store.quarantine(index, self._window.next_slot_of(index), reason)
-        self._window.quarantine(index)
-        num_quarantined = len(self._window.quarantined)
-        if num_quarantined > self._settings.max_quarantined:
+        quarantine = Quarantine(index, self._window.first_slot_of(index), None, reason)
+        self._store.quarantine(index, quarantine.from_slot, reason)
+        self._window.quarantine(quarantine)
+        if self._window.num_quarantined > self._settings.max_quarantined:
+            (task,) = self._tasks.at([index])
             self.fail_run(
-                f"{num_quarantined} prompts are quarantined, more than max_quarantined = "
-                f"{self._settings.max_quarantined}; the last one, sample {self._tasks[index].sample_id!r}, failed "
-                f"{self._settings.max_attempts} times: {reason}"
+                f"{self._window.num_quarantined} prompts are quarantined, more than max_quarantined = "
+                f"{self._settings.max_quarantined}; the last one, sample {task.sample_id!r}, {reason}"
             )
-        self._publish()
+        self._publish(self._dispatch_ready())
+
+    # Without the lock held
+
+    def _free(self, samples: Sequence[InFlight]) -> None:
+        """Features first, then their bytes are granted again."""
+        try:
+            if samples:
+                self._features.abort([(sample.sample_id, sample.generation) for sample in samples])
+            fault_point("controller.freed")
+        finally:
+            with self._changed:
+                for sample in samples:
+                    self._window.freed(sample)
+                self._window.advance()
+                self._publish(self._dispatch_ready())
+                self._changed.notify_all()

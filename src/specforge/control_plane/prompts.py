@@ -1,14 +1,18 @@
-"""The order in which samples are trained: a pure function of the run's seed."""
+"""The samples of a run and the order in which they are trained: a pure function of the run's seed."""
 
 from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 from specforge.contracts.refs import Slot
-from specforge.errors import ConfigError
+from specforge.contracts.tasks import PromptTask
+from specforge.control_plane.metadata.base import MetadataStore
+from specforge.errors import ConfigError, ContractError
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,8 @@ class SampleOrder:
         return Slot(*divmod(linear, self.num_samples))
 
     def linear(self, slot: Slot) -> int:
+        if not 0 <= slot.position < self.num_samples or slot.epoch < 0:
+            raise ContractError(f"{slot} is none of a run with {self.num_samples} samples an epoch")
         return slot.epoch * self.num_samples + slot.position
 
     def index(self, slot: Slot) -> int:
@@ -57,9 +63,62 @@ class SampleOrder:
         return f"num_samples={self.num_samples} seed={self.seed} shuffle={self.shuffle}"
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _permutation(num_samples: int, seed: int, epoch: int) -> array[int]:
-    indices = array("L", range(num_samples))
+    indices = array("I", range(num_samples))
     # Seeding by a string hashes it with SHA-512: the same permutation on every platform and Python version.
     random.Random(f"{seed}/{epoch}").shuffle(indices)  # noqa: S311
     return indices
+
+
+class TaskSource(Protocol):
+    """Where the controller reads prompts from when it leases them."""
+
+    def __len__(self) -> int: ...
+
+    def register(self, store: MetadataStore) -> None:
+        """Record what the ledger does not have yet."""
+        ...
+
+    def num_tokens(self, index: int) -> int: ...
+
+    def at(self, indices: Sequence[int]) -> list[PromptTask]: ...
+
+
+class ListedTasks:
+    """Prompts in memory."""
+
+    def __init__(self, tasks: Sequence[PromptTask]) -> None:
+        self._tasks = tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def register(self, store: MetadataStore) -> None:
+        store.register(self._tasks)
+
+    def num_tokens(self, index: int) -> int:
+        return self._tasks[index].num_tokens
+
+    def at(self, indices: Sequence[int]) -> list[PromptTask]:
+        return [self._tasks[index] for index in indices]
+
+
+class RecordedTasks:
+    """Prompts that the ledger has recorded, read when they are leased: four bytes a prompt stay in memory."""
+
+    def __init__(self, store: MetadataStore) -> None:
+        self._store = store
+        self._lengths = array("I", (task.num_tokens for task in store.tasks()))
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def register(self, store: MetadataStore) -> None:
+        """They are there."""
+
+    def num_tokens(self, index: int) -> int:
+        return self._lengths[index]
+
+    def at(self, indices: Sequence[int]) -> list[PromptTask]:
+        return self._store.tasks_at(indices)

@@ -1,28 +1,36 @@
 """The file behind a shared-memory store: its name, its layout, and who writes which word of it.
 
-    header | lane heads [L, 8] | entries [E, 8] | holds [L, E] | frees [L, E] | data, then the reserve
+    header | lane heads [L, 8] | entries [E, 8] | holds [L, E] | frees [L, E] | ids [E, 256] | data, then the reserve
 
-All words are aligned int64, read and written whole. No lock is shared between processes; every word has one writer:
+All words are aligned int64, read and written whole. Putting and reading take no lock; every word has one writer:
 
-* header, entries, data     the writer process
-* lane head, holds, frees   the reader that claimed the lane; after it left or died, the writer, which clears the lane
+* header, entries, ids, data    the writer process; once it is dead, the process that collects its arena
+* lane head, holds, frees       the reader that claimed the lane; once it left or died, whoever clears the lane
 
 A lane is claimed by creating the symbolic link ``<arena>.lane-<number>`` whose text is the reader's identity: creation
-is atomic, and carries the identity with it. Two orders keep readers safe without a lock, each with a ``fence`` between
-its two halves: a reader raises its hold and *then* looks at the entry, the writer changes the entry and *then* looks
-at the holds. So either the reader sees the change, or the writer sees the hold.
+is atomic, and carries the identity with it. Clearing a lane, and collecting, is what ``upkeep`` is for: a lock that is
+never waited for, and that the kernel takes back from a process that dies. Free requests are never cleared: they name
+a serial, which does not come back.
+
+Two orders keep readers safe without a lock, each with a ``fence`` between its two halves: a reader raises its hold
+and *then* looks at the entry, the writer changes the entry and *then* looks at the holds. So either the reader sees
+the change, or the writer sees the hold.
+
+A writer may die between any two stores. A put is visible by one store, of PUBLISHED; a move by one store, of OFFSET,
+which leaves the place where readers may still look in OLD_OFFSET.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +44,17 @@ from specforge.errors import ConfigError
 
 NUM_LANES = 32
 MAX_SAMPLE_FRACTION = 64
-_MAGIC = 0x53464152454E4131
+_MAGIC = 0x53464152454E4132
 _PAGE_BYTES = 4096
 _WORD_BYTES = 8
+_ID_BYTES = 256
+MAX_ID_BYTES = _ID_BYTES - 1
 
-# Header words. READY is written last.
-MAGIC, CAPACITY, MAX_SAMPLES, READY = range(4)
-# Words of an entry (one cache line). STATE is written last; SERIAL never repeats in an arena.
-STATE, SERIAL, GENERATION, OFFSET, NUM_BYTES, DIGEST_LOW, DIGEST_HIGH = range(7)
+# Header words. READY is written last; entries whose SERIAL is above PUBLISHED belong to a put that is not complete.
+MAGIC, CAPACITY, MAX_SAMPLES, READY, PUBLISHED = range(5)
+# Words of an entry (one cache line). STATE is written last; SERIAL only grows in an arena. OLD_OFFSET is OFFSET, or
+# where the buffer was before its last move while a reader may still look there.
+STATE, SERIAL, GENERATION, OFFSET, NUM_BYTES, DIGEST_LOW, DIGEST_HIGH, OLD_OFFSET = range(8)
 # Words of a lane head (one cache line). ACTIVITY counts requests and releases; DEPARTED is 1 after a reader's close.
 ACTIVITY, DEPARTED = range(2)
 # States of an entry.
@@ -106,11 +117,15 @@ class ArenaShape:
 
     @property
     def data_offset(self) -> int:
-        return -(-self.words * _WORD_BYTES // _PAGE_BYTES) * _PAGE_BYTES
+        return -(-(self.words * _WORD_BYTES + self.max_samples * _ID_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
+
+    @property
+    def data_bytes(self) -> int:
+        return self.capacity_bytes + self.largest_sample_bytes
 
     @property
     def file_bytes(self) -> int:
-        return self.data_offset + self.capacity_bytes + self.largest_sample_bytes
+        return self.data_offset + self.data_bytes
 
 
 class Arena:
@@ -120,12 +135,14 @@ class Arena:
         self.directory, self.name, self.shape = directory, name, shape
         self._descriptor = descriptor
         self._fence = threading.Lock()
-        mapping = mmap.mmap(descriptor, shape.file_bytes)
+        self._mapping = mapping = mmap.mmap(descriptor, shape.file_bytes)
         words = np.frombuffer(mapping, dtype=np.int64, count=shape.words)
         self.header, rest = words[:8], words[8:]
         self.lane_heads, rest = rest[: 8 * NUM_LANES].reshape(NUM_LANES, 8), rest[8 * NUM_LANES :]
         self.entries, rest = rest[: 8 * shape.max_samples].reshape(-1, 8), rest[8 * shape.max_samples :]
         self.holds, self.frees = rest.reshape(2, NUM_LANES, shape.max_samples)
+        id_bytes = np.frombuffer(mapping, np.uint8, shape.max_samples * _ID_BYTES, shape.words * _WORD_BYTES)
+        self._ids = id_bytes.reshape(-1, _ID_BYTES)
         self.data = torch.frombuffer(mapping, dtype=torch.uint8, offset=shape.data_offset)
 
     @classmethod
@@ -194,6 +211,37 @@ class Arena:
     def is_unlinked(self) -> bool:
         return os.fstat(self._descriptor).st_nlink == 0
 
+    @contextlib.contextmanager
+    def upkeep(self) -> Iterator[bool]:
+        """True: this process alone may clear lanes and collect inside the block. False: another one is at it."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def clear_lanes(self) -> None:
+        """End the holds of readers that left or died, and offer their lanes to others. Not while another does it."""
+        with self.upkeep() as ours:
+            if ours:
+                self.clear_lanes_in_upkeep()
+
+    def clear_lanes_in_upkeep(self) -> None:
+        for lane, owner in self.lane_owners().items():
+            if self.lane_heads[lane, DEPARTED] or owner.is_dead():
+                self.holds[lane] = 0
+                self.lane_heads[lane, DEPARTED] = 0
+                self.fence()
+                # A writer that lives looks at its lanes when this word changes.
+                self.lane_heads[lane, ACTIVITY] += 1
+                # The lane must be clear before another reader can claim it.
+                self.fence()
+                self.lane_link(lane).unlink(missing_ok=True)
+
     def fence(self) -> None:
         """A full memory fence: what this thread wrote before is visible before anything that it reads after.
 
@@ -205,11 +253,56 @@ class Arena:
         with self._fence:
             pass
 
+    def put_id(self, entry: int, sample_id: str) -> None:
+        """Up to ``MAX_ID_BYTES`` bytes of UTF-8."""
+        text = sample_id.encode()
+        self._ids[entry, : len(text) + 1] = np.frombuffer(bytes([len(text)]) + text, np.uint8)
+
+    def live_entries(self) -> np.ndarray:
+        """Bool [E]: put completely, and not freed by the writer."""
+        published = self.header[PUBLISHED]
+        # What the word promises was written before it, so it must be read after it.
+        self.fence()
+        live: np.ndarray = (self.entries[:, STATE] == LIVE) & (self.entries[:, SERIAL] <= published)
+        return live
+
     def readable(self) -> np.ndarray:
         """Bool [E]: entries that a ``get`` may find now."""
         freed = (self.frees == self.entries[:, SERIAL]).any(axis=0)
-        readable: np.ndarray = (self.entries[:, STATE] == LIVE) & ~freed
+        readable: np.ndarray = self.live_entries() & ~freed
         return readable
+
+    def stored(self) -> list[tuple[str, int]]:
+        """(sample_id, generation) of every readable entry."""
+        serials = self.entries[:, SERIAL].copy()
+        self.fence()
+        pairs = []
+        for entry in np.flatnonzero(self.readable()):
+            generation, text = int(self.entries[entry, GENERATION]), self._ids[entry].tobytes()
+            # A writer that uses an entry again takes LIVE away first, and the serial does not come back.
+            self.fence()
+            if self.entries[entry, STATE] == LIVE and self.entries[entry, SERIAL] == serials[entry]:
+                pairs.append((text[1 : 1 + text[0]].decode(), generation))
+        return pairs
+
+    def give_back(self, wanted: Iterable[tuple[int, int]]) -> None:
+        """Return the data pages that no range of ``wanted`` (start and end offsets) touches to the system.
+
+        They read as zeros from then on. Only where the writer is dead: it would put into them. A file system that
+        cannot do it keeps them.
+        """
+        page, base = mmap.PAGESIZE, self.shape.data_offset
+        size = base + self.shape.data_bytes
+        start = base
+        for first, last in [*sorted((base + first, base + last) for first, last in wanted), (size, size)]:
+            begin, end = -(-start // page) * page, first // page * page
+            if begin < end:
+                try:
+                    self._mapping.madvise(mmap.MADV_REMOVE, begin, end - begin)
+                except OSError as error:
+                    if error.errno != errno.EOPNOTSUPP:
+                        raise
+            start = max(start, last)
 
     def health(self) -> StoreHealth:
         """Computed from the shared words alone, so every process sees the same numbers."""

@@ -19,6 +19,7 @@ from specforge.data_plane.arena import (
     NUM_BYTES,
     NUM_LANES,
     OFFSET,
+    PUBLISHED,
     SERIAL,
     STATE,
     Arena,
@@ -46,7 +47,7 @@ class ArenaReader:
 
     def hold(self, ref: SampleRef, entry: int, serial: int) -> int | None:
         """Keep the buffer of ``ref`` where it is: its offset in ``arena.data``, or ``None`` if it is gone."""
-        if not 0 <= entry < self.arena.shape.max_samples:
+        if not self._is_entry(entry):
             return None
         self.num_handles += 1
         self._holds[entry] += 1
@@ -83,13 +84,21 @@ class ArenaReader:
             self._announce()
         return bool(len(found))
 
+    def finds(self, ref: SampleRef, entry: int, serial: int) -> bool:
+        """Whether ``hold`` would find ``ref`` now."""
+        try:
+            return self._is_entry(entry) and self._verified_offset(ref, entry, serial) is not None
+        except CorruptFeature:
+            return False
+
     def depart(self) -> None:
-        """Drop every hold and give the lane back. The writer honours its free requests before it clears it."""
+        """Drop every hold and give the lane back. Its free requests stay."""
         self._holds[:] = 0
         self.num_handles = 0
         self.arena.fence()
-        self._head[DEPARTED] = 1
         self._announce()
+        # Last: from then on the lane may belong to another reader.
+        self._head[DEPARTED] = 1
         if self.arena.is_unlinked():
             self.arena.lane_link(self._lane).unlink(missing_ok=True)
 
@@ -97,9 +106,12 @@ class ArenaReader:
         self.arena.fence()
         self._head[ACTIVITY] += 1
 
+    def _is_entry(self, entry: int) -> bool:
+        return 0 <= entry < self.arena.shape.max_samples
+
     def _verified_offset(self, ref: SampleRef, entry: int, serial: int) -> int | None:
         arena = self.arena
-        if arena.entries[entry, STATE] != LIVE:
+        if serial > arena.header[PUBLISHED] or arena.entries[entry, STATE] != LIVE:
             return None
         # The other words were written before STATE, so they must be read after it.
         arena.fence()
@@ -125,8 +137,19 @@ def _claim_lane(arena: Arena) -> int:
             "the processes of a shared-memory store must share one PID namespace: "
             "run them in one container, or start the containers with --pid=host"
         )
+    lane = _free_lane(arena, identity)
+    if lane is None:
+        # The writer clears lanes when it needs room. It may be dead, or content, while readers come and go.
+        arena.clear_lanes()
+        lane = _free_lane(arena, identity)
+    if lane is None:
+        raise FeatureStoreError(f"all {NUM_LANES} reader lanes of {arena.path} are taken: attach fewer readers")
+    return lane
+
+
+def _free_lane(arena: Arena, identity: ProcessIdentity) -> int | None:
     for lane in range(NUM_LANES):
         with contextlib.suppress(FileExistsError):
             arena.lane_link(lane).symlink_to(str(identity))
             return lane
-    raise FeatureStoreError(f"all {NUM_LANES} reader lanes of {arena.path} are taken: attach fewer readers")
+    return None

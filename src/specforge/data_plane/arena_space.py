@@ -4,6 +4,7 @@ Features never change once written, so a buffer can move under its readers: copy
 the entry. A reader that raised its hold before the switch may look at the old place; that place (a *ghost*) is given
 back when nobody holds the entry any more. A move whose old and new place overlap goes through the reserve behind the
 data region, so the bytes that an entry points to are whole at every instant, and a writer may die at any of them.
+An entry with a ghost is not moved again, so its OLD_OFFSET says all that a collector must know of ghosts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from specforge.data_plane.allocator import OffsetAllocator, Span, plan_moves
-from specforge.data_plane.arena import OFFSET, Arena
+from specforge.data_plane.arena import OFFSET, OLD_OFFSET, Arena
 
 _MAX_COMPACTIONS = 4
 
@@ -53,8 +54,8 @@ class ArenaSpace:
         if num_bytes > self._allocator.free_bytes:
             return None
         for _ in range(_MAX_COMPACTIONS):
-            self._empty_reserve()
             self.settle()
+            self._empty_reserve()
             placed = self._placed()
             moves = plan_moves([span for span, _ in placed], self._allocator.capacity, num_bytes)
             if moves is None:
@@ -92,6 +93,7 @@ class ArenaSpace:
             if is_held:
                 self._ghosts.append(ghost)
             else:
+                self._forget_old_place(ghost[0])
                 self.give_back(ghost[1], ghost[2])
 
     def _placed(self) -> list[tuple[Span, Block | None]]:
@@ -136,14 +138,19 @@ class ArenaSpace:
         if self.held([block.entry])[0]:
             self._ghosts.append((block.entry, source, size))
             return False
+        self._forget_old_place(block.entry)
         self.give_back(source, size)
         return True
+
+    def _forget_old_place(self, entry: int) -> None:
+        self._arena.entries[entry, OLD_OFFSET] = self._arena.entries[entry, OFFSET]
 
     def _empty_reserve(self) -> None:
         """A reader that interfered may have left a block in the reserve: bring it home if a gap takes it."""
         for block in self.blocks.values():
             if block.offset >= self._allocator.capacity:
-                target = self.find(block.num_bytes)
+                has_ghost = any(entry == block.entry for entry, _, _ in self._ghosts)
+                target = None if has_ghost else self.find(block.num_bytes)
                 if target is not None:
                     self._move(block, target)
                 return

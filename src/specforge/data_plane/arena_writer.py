@@ -9,12 +9,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from specforge.contracts.features import FeatureSpec
-from specforge.data_plane.arena import ACTIVITY, DEPARTED, FREE, FREED, LIVE, NUM_LANES, SERIAL, STATE, Arena
+from specforge.data_plane.arena import (
+    ACTIVITY,
+    FREE,
+    FREED,
+    LIVE,
+    MAX_ID_BYTES,
+    NUM_LANES,
+    PUBLISHED,
+    SERIAL,
+    STATE,
+    Arena,
+)
 from specforge.data_plane.arena_reader import digest
 from specforge.data_plane.arena_space import ArenaSpace, Block
 from specforge.data_plane.base import PutRequest
 from specforge.data_plane.tensors import views
-from specforge.errors import FeatureStoreFull, FeatureTooLarge
+from specforge.errors import FeatureStoreError, FeatureStoreFull, FeatureTooLarge
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +59,16 @@ class ArenaWriter:
     def put(self, puts: Sequence[LaidOutPut]) -> list[Block]:
         """Store all or nothing; readable when it returns.
 
-        One copy a tensor, into a buffer that no entry points to yet: a writer that dies here leaves nothing visible.
+        One copy a tensor, into a buffer that no entry points to yet. One store makes all of them visible: a writer
+        that dies here leaves nothing, or everything.
         """
         shape = self.arena.shape
         for put in puts:
+            if len(put.request.sample_id.encode()) > MAX_ID_BYTES:
+                raise FeatureStoreError(
+                    f"a sample id may have {MAX_ID_BYTES} bytes in UTF-8, {put.request.sample_id!r} has "
+                    f"{len(put.request.sample_id.encode())}: shorten it"
+                )
             if put.num_bytes > shape.largest_sample_bytes:
                 raise FeatureTooLarge(
                     f"sample {put.request.sample_id!r} has {put.num_bytes:,} bytes, an arena of "
@@ -72,8 +89,7 @@ class ArenaWriter:
             for block in blocks:
                 self._forget(block)
             raise
-        for block in blocks:
-            self._publish(block)
+        self._publish(blocks)
         return blocks
 
     def free(self, pair: tuple[str, int]) -> bool:
@@ -92,32 +108,23 @@ class ArenaWriter:
         if not len(changed):
             return 0
         self._seen_activity = activity
-        # Readers write a request or a release before they count it.
-        self.arena.fence()
-        for lane in changed:
-            self._honour(int(lane))
-        return self._reclaim()
+        return self._honour(changed)
 
     def recycle_lanes(self) -> int:
         """Clear the lanes of readers that left or died, and reclaim what they held; the number of samples freed."""
-        num_freed = self.sweep()
-        for lane, owner in self.arena.lane_owners().items():
-            if self.arena.lane_heads[lane, DEPARTED] or owner.is_dead():
-                self._honour(lane)
-                self.arena.holds[lane] = 0
-                self.arena.frees[lane] = 0
-                self.arena.lane_heads[lane] = 0
-                self._seen_activity[lane] = 0
-                # The lane must be clear before another reader can claim it.
-                self.arena.fence()
-                self.arena.lane_link(lane).unlink(missing_ok=True)
-        return num_freed + self._reclaim()
+        self.arena.clear_lanes()
+        # A reader that died may have left a request that it had not counted yet.
+        return self._honour(np.arange(NUM_LANES))
 
-    def _honour(self, lane: int) -> None:
+    def _honour(self, lanes: np.ndarray) -> int:
+        """Free what the readers of ``lanes`` asked to be freed; the number of samples whose bytes are back."""
+        # Readers write a request or a release before they count it.
+        self.arena.fence()
         entries = self.arena.entries
-        requested = (self.arena.frees[lane] == entries[:, SERIAL]) & (entries[:, STATE] == LIVE)
+        requested = (self.arena.frees[lanes] == entries[:, SERIAL]).any(axis=0) & (entries[:, STATE] == LIVE)
         for entry in np.flatnonzero(requested):
             self._retire(self.space.blocks[int(entry)])
+        return self._reclaim()
 
     def _retire(self, block: Block) -> None:
         self.arena.entries[block.entry, STATE] = FREED
@@ -163,14 +170,22 @@ class ArenaWriter:
             offset = self.space.find(num_bytes)
         return self.space.make_room(num_bytes) if offset is None else offset
 
-    def _publish(self, block: Block) -> None:
-        row = self.arena.entries[block.entry]
-        row[SERIAL : SERIAL + 6] = [block.serial, block.pair[1], block.offset, block.num_bytes, *digest(block.pair[0])]
-        # The words and the bytes must be visible before the state that invites readers.
-        self.arena.fence()
-        row[STATE] = LIVE
-        block.published = True
-        self._readable[block.pair] = block
+    def _publish(self, blocks: Sequence[Block]) -> None:
+        arena = self.arena
+        for block in blocks:
+            # Known here before it is visible anywhere: an exception in this loop leaves nothing that abort cannot free.
+            self._readable[block.pair] = block
+            block.published = True
+            sample_id, generation = block.pair
+            arena.put_id(block.entry, sample_id)
+            words = [block.serial, generation, block.offset, block.num_bytes, *digest(sample_id), block.offset]
+            arena.entries[block.entry, SERIAL:] = words
+            # The words and the bytes must be visible before the state that invites readers.
+            arena.fence()
+            arena.entries[block.entry, STATE] = LIVE
+        if blocks:
+            arena.fence()
+            arena.header[PUBLISHED] = blocks[-1].serial
 
     def _forget(self, block: Block) -> None:
         self.space.give_back(block.offset, block.num_bytes)

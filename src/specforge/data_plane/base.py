@@ -5,6 +5,8 @@ A sample's features live under (sample_id, generation) in one contiguous buffer 
 
     put --> readable --> abort --> freed
                |  get / release by any number of readers
+
+Where a store serves several processes, what is readable outlives the process that put it.
 """
 
 from __future__ import annotations
@@ -74,6 +76,14 @@ class FeatureStore(Protocol):
         """End readers' claims. Releasing twice does nothing."""
         ...
 
+    def live(self, refs: Sequence[SampleRef]) -> list[bool]:
+        """Which refs a ``get`` would find now. Keeps no handle, so an answer may be old when it arrives."""
+        ...
+
+    def stored(self) -> list[tuple[str, int]]:
+        """Every readable (sample_id, generation) of the run, in no order, whoever wrote it, dead writers included."""
+        ...
+
     def abort(self, samples: Sequence[tuple[str, int]]) -> None:
         """Free (sample_id, generation) pairs, known or not; no later ``get`` finds them, in any process.
 
@@ -82,7 +92,10 @@ class FeatureStore(Protocol):
         ...
 
     def gc(self) -> int:
-        """Free what dead writers and readers left behind; the number of samples freed."""
+        """Reclaim what dead writers and readers left behind; the number of samples whose bytes came back by it.
+
+        What a dead writer left readable stays readable until it is aborted.
+        """
         ...
 
     def health(self) -> StoreHealth: ...

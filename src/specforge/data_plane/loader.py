@@ -32,19 +32,23 @@ class RefSource(Protocol):
 @dataclass(frozen=True, slots=True)
 class LoaderSettings:
     """``global_batch_size``: slots an optimizer step, over all ranks. ``max_tokens``: tokens a micro-batch.
+    ``num_samples``: slots an epoch.
 
     ``capture_fingerprint`` and ``target_revision``, where given, must be those of every sample. ``start_slot`` is the
-    slot with which the source begins: 0, or the position of the checkpoint that a ledger was reconciled to.
+    position with which the source begins: 0, or that of the checkpoint that a ledger was reconciled to. ``in_order``:
+    the source gives slots in strict order, else in the order of arrival.
     """
 
     global_batch_size: int
     max_tokens: int
+    num_samples: int
     rank: int = 0
     world_size: int = 1
     device: str = "cpu"
     capture_fingerprint: str | None = None
     target_revision: str | None = None
     start_slot: int = 0
+    in_order: bool = True
 
 
 class FeatureDataLoader:
@@ -52,7 +56,10 @@ class FeatureDataLoader:
 
     Every rank draws the same slots, and takes its share by position. Features keep their stored dtype. Raises
     ``FeatureNotFound`` where the features of a dispatched slot are gone, ``ContractError`` where a sample is not what
-    the run trains on, both naming the sample.
+    the run trains on, both naming the sample; ``ContractError`` where a source in strict order goes back.
+
+    A position (``num_slots``) is the number of the first slot that is not covered; in arrival order, which has no such
+    slot, it is how many slots were drawn.
     """
 
     def __init__(self, refs: RefSource, store: FeatureStore, settings: LoaderSettings) -> None:
@@ -61,40 +68,68 @@ class FeatureDataLoader:
         self._settings = settings
         self._device = torch.device(settings.device)
         self._num_slots = settings.start_slot
+        self._drawn_early: list[SlotRef] = []
 
     def __iter__(self) -> Iterator[StepBatches[torch.Tensor]]:
         return self
 
     def __next__(self) -> StepBatches[torch.Tensor]:
         settings = self._settings
-        window = self._refs.get(settings.global_batch_size)
+        window = self._draw(settings.global_batch_size)
         if not window:
             raise StopIteration
         widths = self._check_window(window)
         lengths = [item.ref.num_tokens for item in window]
         bins = plan_rank(lengths, settings.max_tokens, settings.rank, settings.world_size)
         batches = tuple(self._pack([window[position] for position in positions], widths) for positions in bins)
-        self._num_slots += len(window)
-        return StepBatches(batches, tuple(item.slot for item in window))
+        self._advance(window)
+        return StepBatches(batches, tuple(item.slot for item in window), self._num_slots)
 
     def seek(self, num_slots: int) -> None:
-        """Go to slot ``num_slots`` of the run: draws the slots in between and fetches no features."""
+        """Go to position ``num_slots`` of the run: draws the slots in between and fetches no features."""
         while self._num_slots < num_slots:
-            skipped = self._refs.get(min(self._settings.global_batch_size, num_slots - self._num_slots))
-            if not skipped:
+            drawn = self._draw(min(self._settings.global_batch_size, num_slots - self._num_slots))
+            if not drawn:
                 raise ContractError(f"cannot seek to slot {num_slots}: the source ends at slot {self._num_slots}")
-            self._num_slots += len(skipped)
+            if self._settings.in_order and self._linear(drawn[-1]) >= num_slots:
+                # Slots before it are skipped in this run: what lies beyond is for the next step.
+                self._drawn_early = [item for item in drawn if self._linear(item) >= num_slots]
+                self._num_slots = num_slots
+            else:
+                self._advance(drawn)
         if self._num_slots > num_slots:
             raise ContractError(f"cannot seek back from slot {self._num_slots} to {num_slots}: make a new loader")
 
     def state_dict(self) -> dict[str, int]:
-        """``num_slots``: slots handed out so far. With a prefetcher in between, some of them are not trained yet."""
+        """``num_slots``: the position after what was handed out, of which a prefetcher may hold a part."""
         return {"num_slots": self._num_slots}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         if set(state) != {"num_slots"}:
             raise ContractError(f"the state of a loader has the key 'num_slots' alone, got {sorted(state)}")
         self.seek(state["num_slots"])
+
+    def _draw(self, max_slots: int) -> list[SlotRef]:
+        """The next slots; fewer only at the end."""
+        early, self._drawn_early = self._drawn_early, []
+        missing = max_slots - len(early)
+        return early + self._refs.get(missing) if missing else early
+
+    def _linear(self, item: SlotRef) -> int:
+        return item.slot.epoch * self._settings.num_samples + item.slot.position
+
+    def _advance(self, drawn: Sequence[SlotRef]) -> None:
+        """Cover ``drawn``."""
+        if not self._settings.in_order:
+            self._num_slots += len(drawn)
+            return
+        for item in drawn:
+            if self._linear(item) < self._num_slots:
+                raise ContractError(
+                    f"expected slot number {self._num_slots} or a later one, got {self._linear(item)} ({item.slot}): "
+                    "the source is not in strict order, or repeats what was trained"
+                )
+            self._num_slots = self._linear(item) + 1
 
     def _check_window(self, window: Sequence[SlotRef]) -> FeatureWidths:
         """Features of the window's samples, which must all be alike."""

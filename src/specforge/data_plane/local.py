@@ -81,6 +81,14 @@ class LocalFeatureStore:
                     sample.num_handles -= 1
                     self._reclaim(sample)
 
+    def live(self, refs: Sequence[SampleRef]) -> list[bool]:
+        with self._lock:
+            return [self._is_live(ref) for ref in refs]
+
+    def stored(self) -> list[tuple[str, int]]:
+        with self._lock:
+            return list(self._readable)
+
     def abort(self, samples: Sequence[tuple[str, int]]) -> None:
         with self._lock:
             for pair in samples:
@@ -113,6 +121,13 @@ class LocalFeatureStore:
                 f"sample {request.sample_id!r} has {num_bytes} bytes, the store holds {self._capacity_bytes} at most"
             )
         return _Sample({name: tensor.detach() for name, tensor in request.tensors.items()}, specs, num_bytes)
+
+    def _is_live(self, ref: SampleRef) -> bool:
+        try:
+            self._find(ref)
+        except (FeatureNotFound, CorruptFeature):
+            return False
+        return True
 
     def _find(self, ref: SampleRef) -> _Sample:
         sample = self._readable.get((ref.sample_id, ref.generation))

@@ -37,9 +37,13 @@ class ProcessIdentity:
     def __str__(self) -> str:
         return f"{self.namespace}-{self.pid}-{self.start_ticks}"
 
+    def is_here(self) -> bool:
+        """Of this process's PID namespace: elsewhere it can neither be judged nor work with this one."""
+        return self.namespace == _namespace()
+
     def is_dead(self) -> bool:
         """Certainly dead. A process of another PID namespace cannot be judged from here and counts as alive."""
-        if self.namespace != _namespace():
+        if not self.is_here():
             return False
         status = _state_and_start(self.pid)
         return status is None or status[1] != self.start_ticks or status[0] in "ZX"

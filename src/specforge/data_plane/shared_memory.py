@@ -1,7 +1,8 @@
 """SharedMemoryFeatureStore: features between the processes of one host, one copy in and none out.
 
 Each writer process owns one arena, a file on a memory file system. Readers find it by the name in a ref's key and map
-it when they first need it. See ``arena`` for the protocol, ``allocator`` for the promise about room.
+it when they first need it. Samples outlive their writer: its arena stays until they are used up. See ``arena`` for the
+protocol, ``allocator`` for the promise about room, ``arena_collector`` for the arenas of dead writers.
 """
 
 from __future__ import annotations
@@ -11,29 +12,45 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from specforge.contracts.features import FeatureHandle
 from specforge.contracts.refs import SampleRef
 from specforge.data_plane.arena import Arena, ArenaName, list_arenas
+from specforge.data_plane.arena_collector import collect, dead_arenas, unlink
 from specforge.data_plane.arena_reader import ArenaReader
 from specforge.data_plane.arena_writer import ArenaWriter, LaidOutPut
 from specforge.data_plane.base import PutRequest, StoredFeatures, StoreHealth
 from specforge.data_plane.tensors import check_specs, specs_of, views
 from specforge.data_plane.tombstones import Tombstones
-from specforge.errors import FeatureNotFound, FeatureStoreError
+from specforge.errors import CorruptFeature, FeatureNotFound, FeatureStoreError
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (the tmpfs that POSIX shared memory lives in; files in it are 0600)
+
+
+class _Place(NamedTuple):
+    """The key of a ref, ``<arena>:<entry>:<serial>``."""
+
+    arena: str
+    entry: int
+    serial: int
+
+    @classmethod
+    def parse(cls, key: str) -> _Place | None:
+        arena, _, rest = key.partition(":")
+        entry, _, serial = rest.partition(":")
+        return cls(arena, int(entry), int(serial)) if entry.isdecimal() and serial.isdecimal() else None
 
 
 class SharedMemoryFeatureStore:
     """``FeatureStore`` of one host. Safe to use from several threads; not across a fork: attach in the child.
 
-    ``key`` of a ref is ``<arena>:<entry>:<serial>``. A put is not refused while at most 75 % of ``capacity_bytes`` are
+    A put is not refused while at most 75 % of ``capacity_bytes`` are
     live and at most 15 buffers are held by readers at that moment (see ``allocator``), as long as there are fewer than
-    ``max_samples`` samples. ``close`` of the writer unlinks its arena: readers that mapped it keep reading, others find
-    nothing any more, so close only when the refs are used up.
+    ``max_samples`` samples. A sample id may have 255 bytes. ``close`` of the writer unlinks its arena: readers that
+    mapped it keep reading, others find nothing any more, so close only when the refs are used up, and else ``leave``.
     """
 
     name = "shared_memory"
@@ -60,7 +77,7 @@ class SharedMemoryFeatureStore:
 
     @classmethod
     def attach(cls, run_id: str, directory: Path = SHARED_MEMORY) -> SharedMemoryFeatureStore:
-        """A reader's store of the run: gets, releases and aborts, in as many arenas as the run has writers."""
+        """A reader's store of the run: gets, releases and aborts, in the arenas of all its writers, dead or alive."""
         ArenaName.new(run_id)
         return cls(run_id, directory, None)
 
@@ -103,6 +120,18 @@ class SharedMemoryFeatureStore:
         with self._lock:
             self._release(handles)
 
+    def live(self, refs: Sequence[SampleRef]) -> list[bool]:
+        with self._lock:
+            self._check_usable()
+            return [self._is_live(ref) for ref in refs]
+
+    def stored(self) -> list[tuple[str, int]]:
+        """See ``FeatureStore``. Includes what a writer put after a reader, this process too, had aborted it."""
+        with self._lock:
+            self._check_usable()
+            self._attach_all()
+            return [pair for reader in self._readers.values() for pair in reader.arena.stored()]
+
     def abort(self, samples: Sequence[tuple[str, int]]) -> None:
         """See ``FeatureStore``. A reader's abort reaches every process if the pair is stored anywhere; the abort of a
         pair that is not stored is remembered by this process alone (the ledger refuses the commit of such a pair).
@@ -118,23 +147,22 @@ class SharedMemoryFeatureStore:
                     self._request_free(sample_id, generation)
 
     def gc(self) -> int:
-        """Reclaim what readers that died held, and let go of arenas that nobody needs any more.
-
-        The arena of a dead writer goes once nothing in it is readable (``collect_orphans`` takes it at once).
+        """Reclaim what readers that died held, and what dead writers of the run left: their arenas shrink to what is
+        readable or held, and go when nothing in them is readable. Any process of the run may do it, at any time.
         """
         with self._lock:
             self._check_usable()
             num_freed = self._writer.recycle_lanes() if self._writer is not None else 0
-            for text, reader in list(self._readers.items()):
-                arena = reader.arena
-                if self._writer is not None and arena is self._writer.arena:
-                    continue
-                if arena.name.writer.is_dead() and not arena.readable().any():
-                    _unlink(self._directory, arena.name)
-                if arena.is_unlinked() and not reader.num_handles:
-                    reader.depart()
-                    arena.close()
-                    del self._readers[text]
+            for reader in self._readers.values():
+                reader.arena.clear_lanes()
+            for name in dead_arenas(self._directory, self._run_id):
+                # None: the writer died before its arena was complete, or another process took it away just now.
+                dead = self._reader(str(name))
+                if dead is not None:
+                    num_freed += collect(dead.arena)
+                if dead is None or not dead.arena.readable().any():
+                    unlink(self._directory, name)
+            self._drop_unlinked()
             return num_freed
 
     def health(self) -> StoreHealth:
@@ -154,13 +182,22 @@ class SharedMemoryFeatureStore:
 
     def close(self) -> None:
         """Give back every handle and mapping; the writer unlinks its arena. Tensors stay mapped while they live."""
+        self._close(keep_readable=False)
+
+    def leave(self) -> None:
+        """``close`` that leaves readable samples to the readers, as a writer that dies does: once this process has
+        ended, the ``gc`` of another takes the arena when they are used up.
+        """
+        self._close(keep_readable=True)
+
+    def _close(self, keep_readable: bool) -> None:
         with self._lock:
             if self._closed or os.getpid() != self._pid:
                 return
             self._closed = True
             self._handles.clear()
-            if self._writer is not None:
-                _unlink(self._directory, self._writer.arena.name)
+            if self._writer is not None and not (keep_readable and self._writer.arena.readable().any()):
+                unlink(self._directory, self._writer.arena.name)
             for reader in self._readers.values():
                 reader.depart()
                 reader.arena.close()
@@ -174,22 +211,38 @@ class SharedMemoryFeatureStore:
             raise FeatureStoreError("this feature store was opened before a fork: attach again in the child process")
 
     def _get_one(self, ref: SampleRef) -> tuple[dict[str, torch.Tensor], FeatureHandle]:
-        arena_name, _, place = ref.key.partition(":")
-        entry, _, serial = place.partition(":")
-        reader = self._reader(arena_name) if ref.store == self.name else None
-        is_place = entry.isdecimal() and serial.isdecimal()
+        place = self._place(ref)
+        reader = self._reader(place.arena) if place is not None else None
         offset = None
-        if reader is not None and is_place and (ref.sample_id, ref.generation) not in self._aborted:
+        if place is not None and reader is not None:
             check_specs(ref)
-            offset = reader.hold(ref, int(entry), int(serial))
-        if reader is None or offset is None:
+            offset = reader.hold(ref, place.entry, place.serial)
+        if place is None or reader is None or offset is None:
             raise FeatureNotFound(
                 f"sample {ref.sample_id!r}, generation {ref.generation}: no live features at "
                 f"{ref.store}:{ref.key} (freed, or the process that wrote them is gone)"
             )
         handle = FeatureHandle(self.name, ref.sample_id, ref.generation, next(self._tokens))
-        self._handles[handle.token] = (reader, int(entry))
+        self._handles[handle.token] = (reader, place.entry)
         return views(reader.arena.data[offset : offset + ref.num_bytes], ref.features), handle
+
+    def _is_live(self, ref: SampleRef) -> bool:
+        place = self._place(ref)
+        name = ArenaName.parse(place.arena) if place is not None else None
+        if place is None or name is None or not name.writer.is_here():
+            return False
+        try:
+            check_specs(ref)
+        except CorruptFeature:
+            return False
+        reader = self._reader(place.arena)
+        return reader is not None and reader.finds(ref, place.entry, place.serial)
+
+    def _place(self, ref: SampleRef) -> _Place | None:
+        """Where ``ref`` says that it is; ``None``: not in this store, or aborted by this process."""
+        if ref.store != self.name or (ref.sample_id, ref.generation) in self._aborted:
+            return None
+        return _Place.parse(ref.key)
 
     def _release(self, handles: Sequence[FeatureHandle]) -> None:
         for handle in handles:
@@ -198,44 +251,54 @@ class SharedMemoryFeatureStore:
                 held[0].release(held[1])
 
     def _reader(self, arena_name: str) -> ArenaReader | None:
-        """The reader of an arena of this run, mapped on first use."""
-        if arena_name not in self._readers:
-            name = ArenaName.parse(arena_name)
-            if name is None or name.run_id != self._run_id:
-                return None
-            arena = Arena.open(self._directory, name)
-            if arena is None:
-                return None
-            self._readers[arena_name] = ArenaReader(arena)
-        return self._readers[arena_name]
+        """The reader of an arena of this run, mapped on first use; ``None`` if there is no such arena."""
+        if arena_name in self._readers:
+            return self._readers[arena_name]
+        name = ArenaName.parse(arena_name)
+        arena = Arena.open(self._directory, name) if name is not None and name.run_id == self._run_id else None
+        if arena is None:
+            return None
+        try:
+            reader = ArenaReader(arena)
+        except BaseException:
+            arena.close()
+            raise
+        if arena.is_unlinked():
+            # Unlinked between opening and claiming a lane: the link of the lane must not stay behind.
+            reader.depart()
+            arena.close()
+            return None
+        self._readers[arena_name] = reader
+        return reader
 
     def _request_free(self, sample_id: str, generation: int) -> bool:
         found = [reader.request_free(sample_id, generation) for reader in self._readers.values()]
         return any(found)
 
     def _attach_all(self) -> bool:
-        """Map every arena of the run; True if there was one more."""
+        """Map every arena of the run that can be read from this PID namespace; True if there was one more."""
+        self._drop_unlinked()
         num_before = len(self._readers)
         for name, file_name in list_arenas(self._directory, self._run_id):
-            if file_name == str(name):
+            if file_name == str(name) and name.writer.is_here():
                 self._reader(file_name)
         return len(self._readers) > num_before
 
+    def _drop_unlinked(self) -> None:
+        """Let go of arenas that were unlinked, unless something in them is readable or held."""
+        for name, reader in list(self._readers.items()):
+            is_own = self._writer is not None and reader.arena is self._writer.arena
+            if is_own or reader.num_handles or not reader.arena.is_unlinked():
+                continue
+            if not reader.arena.readable().any():
+                reader.depart()
+                reader.arena.close()
+                del self._readers[name]
+
 
 def collect_orphans(run_id: str | None = None, directory: Path = SHARED_MEMORY) -> int:
-    """Unlink the arenas (of one run, or of all) whose writer is dead, and their links; the number of arenas.
+    """Unlink the arenas (of one run, or of all) whose writer is dead, whatever is in them; the number of arenas.
 
-    Called when a run starts. Processes that mapped such an arena keep their tensors.
+    For a run that starts from nothing or has ended. Processes that mapped such an arena keep their tensors.
     """
-    orphans = {name for name, _ in list_arenas(directory, run_id) if name.writer.is_dead()}
-    return sum(_unlink(directory, name) for name in orphans)
-
-
-def _unlink(directory: Path, name: ArenaName) -> bool:
-    """Remove the arena and its lane links; True if the arena was there."""
-    existed = False
-    for other, file_name in list_arenas(directory, name.run_id):
-        if other == name:
-            (directory / file_name).unlink(missing_ok=True)
-            existed |= file_name == str(name)
-    return existed
+    return sum(unlink(directory, name) for name in dead_arenas(directory, run_id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import traceback
@@ -23,11 +24,14 @@ from specforge.errors import (
     FeatureTooLarge,
     TargetError,
 )
+from specforge.faults import fault_point
 from specforge.inference.engine import CapturedSample, TargetEngine
 
 MAX_REASON_CHARS = 2000
 FIRST_RETRY_S = 0.02
 LONGEST_RETRY_S = 1.0
+LEAVE_S = 0.5
+"""How long a worker that leaves waits for the control plane to hear of it; its leases expire where it is not heard."""
 
 # What says that the engine, not the prompt, is broken. After an AcceleratorError the device context is lost; running
 # out of memory is no such error: it may be one long prompt's fault.
@@ -52,8 +56,9 @@ class RolloutSettings:
 class RolloutWorker:
     """Drives one engine. Heartbeats are sent between captures, so a capture that hangs loses its leases on purpose.
 
-    A failure of one prompt is reported with ``control.fail`` and the worker goes on. A failure of the engine or the
-    store ends the run (``control.abandon``) and is raised. A refused (stale) commit frees the features at once.
+    A failure of one prompt is reported with ``control.fail`` and the worker goes on. After a failure of the engine or
+    the store the worker leaves (``control.leave`` with the reason) and raises it; a worker that is stopped gives back
+    what it holds. A refused (stale) commit frees the features at once.
     """
 
     def __init__(
@@ -80,24 +85,50 @@ class RolloutWorker:
 
         Blocks up to ``timeout_s`` for a lease, and answers ``True`` when there was none to give.
         """
-        reply = self._control.lease(self._settings.worker_id, self._settings.max_tasks, timeout_s)
-        if reply.leases:
-            self._last_sign_of_life = time.monotonic()
-            stored: list[tuple[Lease, StoredFeatures]] = []
-            try:
-                for lease in reply.leases:
-                    self._heartbeat_if_due(lease.duration_s)
-                    features = self._capture_and_put(lease)
-                    if features is not None:
-                        stored.append((lease, features))
-            except BaseException as error:
-                # nothing of this batch was committed: no reader can know these features
-                self._store.abort([(lease.task.sample_id, lease.generation) for lease, _ in stored])
-                if isinstance(error, Exception) and not isinstance(error, ControlPlaneError):
-                    self._control.abandon(self._settings.worker_id, _reason(error))
-                raise
-            self._commit(stored)
+        try:
+            reply = self._control.lease(self._settings.worker_id, self._settings.max_tasks, timeout_s)
+            if reply.leases:
+                self._work(reply.leases)
+        except Exception as error:
+            if not isinstance(error, ControlPlaneError):
+                self._leave(_reason(error))
+            raise
+        except BaseException:
+            self._leave(None)
+            raise
         return not reply.finished
+
+    def _work(self, leases: Sequence[Lease]) -> None:
+        """Capture, put and commit; what is not committed in the end is not stored either."""
+        fault_point("worker.leased")
+        self._last_sign_of_life = time.monotonic()
+        stored: list[tuple[Lease, StoredFeatures]] = []
+        try:
+            for lease in leases:
+                if self._stopped.is_set():
+                    break
+                self._heartbeat_if_due(lease.duration_s)
+                features = self._capture_and_put(lease)
+                if features is not None:
+                    stored.append((lease, features))
+        except BaseException:
+            # nothing of this batch was committed: no reader can know these features
+            self._store.abort([(lease.task.sample_id, lease.generation) for lease, _ in stored])
+            raise
+        self._commit(stored)
+        if self._stopped.is_set():
+            self._leave(None)
+
+    def _leave(self, reason: str | None) -> None:
+        """Best effort and bounded: whoever stops a worker soon loses patience, and the control plane may be away."""
+
+        def tell() -> None:
+            with contextlib.suppress(ControlPlaneError):
+                self._control.leave(self._settings.worker_id, reason)
+
+        messenger = threading.Thread(target=tell, name="leave", daemon=True)
+        messenger.start()
+        messenger.join(LEAVE_S)
 
     def _capture_and_put(self, lease: Lease) -> StoredFeatures | None:
         """Features of one lease in the store; ``None`` without any (a failure of the prompt is reported first)."""
@@ -108,15 +139,18 @@ class RolloutWorker:
         except Exception as error:  # noqa: BLE001 - whatever one prompt does to the engine is that prompt's failure
             self._fail(lease, _reason(error))
             return None
+        fault_point("worker.captured")
         damaged = _not_finite(sample)
         if damaged is not None:
             self._fail(lease, f"the target gave NaN or infinite values in feature {damaged!r}")
             return None
         try:
-            return self._put(lease, sample)
+            features = self._put(lease, sample)
         except FeatureTooLarge as error:
             self._fail(lease, _reason(error))
             return None
+        fault_point("worker.stored")
+        return features
 
     def _put(self, lease: Lease, sample: CapturedSample) -> StoredFeatures | None:
         """Put, waiting for room while the store is full; ``None`` when the worker was stopped meanwhile.
@@ -152,6 +186,7 @@ class RolloutWorker:
         ]
         if stale:
             self._store.abort(stale)
+        fault_point("worker.committed")
 
     def _ref(self, lease: Lease, features: StoredFeatures) -> SampleRef:
         task, settings = lease.task, self._settings

@@ -11,16 +11,18 @@
     training         Trainer, MasterOptimizer, Checkpointer
 
 Builders, one a topology: ``build_online_runtime`` (one process), ``build_disagg_online_consumer`` and
-``build_disagg_online_producer`` (the two processes), ``build_disagg_online_runtime`` (both, as children of this one)
-and ``run_disagg_online_interleaved`` (both halves of the disaggregated path in this process, alternating).
+``build_disagg_online_producer`` (the two kinds of process), ``build_disagg_online_runtime`` (all of them, as children
+of this one) and ``run_disagg_online_interleaved`` (both halves of the disaggregated path in this process, alternating).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,13 +35,16 @@ from specforge.contracts.batches import StepBatches
 from specforge.contracts.capture import TargetInfo
 from specforge.contracts.codec import to_json
 from specforge.control_plane.base import CaptureControl
+from specforge.control_plane.channel.base import RefWriter
 from specforge.control_plane.channel.memory import memory_channel
 from specforge.control_plane.channel.queue import StreamingRefQueue
 from specforge.control_plane.client import ControlPlaneClient
-from specforge.control_plane.config import MemoryLedger, NoLedger, SqliteLedger
-from specforge.control_plane.controller import ControllerSettings
+from specforge.control_plane.config import Ledger as LedgerConfig
+from specforge.control_plane.config import MemoryLedger, NoLedger, PostgresLedger, SqliteLedger
+from specforge.control_plane.controller import ControllerSettings, DataFlowController
+from specforge.control_plane.metadata.base import Position
 from specforge.control_plane.modes import DeploymentMode, resolve_control_plane
-from specforge.control_plane.prompts import SampleOrder
+from specforge.control_plane.prompts import ListedTasks, SampleOrder
 from specforge.control_plane.server import ControlPlaneServer
 from specforge.data_plane.base import FeatureStore
 from specforge.data_plane.config import LocalStore, SharedMemoryStore
@@ -50,7 +55,9 @@ from specforge.data_plane.shared_memory import SharedMemoryFeatureStore, collect
 from specforge.errors import ConfigError
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.rollout import RolloutSettings, RolloutWorker
-from specforge.launch.host import ChildSpec, HostExecutor
+from specforge.launch.child import ChildSpec
+from specforge.launch.endpoint import Endpoint
+from specforge.launch.host import ROLES, HostExecutor
 from specforge.launch.inputs import (
     RESOLVED_FILE,
     RunInputs,
@@ -59,9 +66,8 @@ from specforge.launch.inputs import (
     read_target_inputs,
     resolve_device,
     resolve_dtype,
-    run_id,
 )
-from specforge.launch.plan import ARENA_SHARE, Plan
+from specforge.launch.plan import ARENA_SHARE, Plan, capture_names, max_resident_samples, run_id
 from specforge.launch.runtime import (
     CaptureRuntime,
     HandOver,
@@ -84,6 +90,18 @@ MAX_LEASES = 8
 """Samples that a rollout worker leases at a time."""
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a supervisor gives the train process: the socket to serve on, the token, and the ids of living workers.
+
+    ``listener`` None: the process listens by itself, where the configuration says.
+    """
+
+    listener: socket.socket | None
+    token: str
+    live_workers: frozenset[str] = frozenset()
+
+
 def build_online_runtime(config: RunConfig, *, resume: bool = False) -> TrainRuntime:
     """One process: the trainer's thread captures what it is about to train on."""
     inputs = read_run_inputs(config)
@@ -93,13 +111,16 @@ def build_online_runtime(config: RunConfig, *, resume: bool = False) -> TrainRun
     return runtime
 
 
-def build_disagg_online_consumer(config: RunConfig, *, resume: bool = False) -> TrainRuntime:
+def build_disagg_online_consumer(
+    config: RunConfig, *, resume: bool = False, served: Served | None = None
+) -> TrainRuntime:
     """The train process: ledger, controller and its server, loader, trainer. ``serve()`` gives the endpoint."""
     inputs = read_run_inputs(config)
     with contextlib.ExitStack() as resources:
         store = SharedMemoryFeatureStore.attach(run_id(config))
         resources.callback(store.close)
-        runtime = _train_side(inputs, store, resources, resume, served=True)
+        served = served or Served(None, secrets.token_urlsafe(32))
+        runtime = _train_side(inputs, store, resources, resume, served=served)
     return runtime
 
 
@@ -111,7 +132,8 @@ def build_disagg_online_producer(config: RunConfig, *, worker_id: str) -> Captur
         engine = make_engine(config, inputs.target)
 
         def connect(url: str, token: str, open_until_end: contextlib.ExitStack) -> RolloutWorker:
-            client = open_until_end.enter_context(contextlib.closing(ControlPlaneClient(url, token)))
+            client = ControlPlaneClient(url, token, reconnect_s=config.control_plane.reconnect_s)
+            open_until_end.callback(client.close)
             return make_worker(inputs, client, engine, store, worker_id)
 
         runtime = CaptureRuntime(connect, resources.pop_all())
@@ -119,35 +141,43 @@ def build_disagg_online_producer(config: RunConfig, *, worker_id: str) -> Captur
 
 
 def build_disagg_online_runtime(
-    config: RunConfig, *, resume: bool = False, keep_open: tuple[int, ...] = ()
+    config: RunConfig, *, resume: bool = False, keep_open: tuple[int, ...] = (), command: Sequence[str] = ROLES
 ) -> HostRuntime:
-    """Both processes as children of this one. Everything that can be refused is refused before they start.
+    """All processes as children of this one. Everything that can be refused is refused before they start.
 
-    ``keep_open``: file descriptors that the children inherit, such as the lock of the run.
+    ``keep_open``: file descriptors that the children inherit, such as the lock of the run. ``command`` starts a child.
     """
     inputs = read_run_inputs(config)
     newest = make_checkpointer(config).newest_state() if resume else None
     if newest is not None:
         check_same_run(newest.path, newest.provenance, make_provenance(inputs))
-    resolved = resolve(config, inputs.plan)
-    config_file = config.run_dir / RESOLVED_FILE
-    dump_run_config(resolved, config_file)
-    logs = config.run_dir / "logs"
-    return HostRuntime(
-        HostExecutor(),
-        [
-            ChildSpec("train", "train", config_file, log_file=None, resume=resume, keep_open=keep_open),
-            ChildSpec("capture-0", "capture", config_file, log_file=logs / "capture-0.log", keep_open=keep_open),
-        ],
-        clean_up=lambda: collect_orphans(run_id(config)),
-    )
+    with contextlib.ExitStack() as resources:
+        endpoint = Endpoint.open(config.control_plane.host, config.control_plane.port)
+        resources.callback(endpoint.close)
+        resources.callback(collect_orphans, run_id(config))
+        if not resume:
+            collect_orphans(run_id(config))
+        resolved = resolve(config, inputs.plan)
+        config_file = config.run_dir / RESOLVED_FILE
+        dump_run_config(resolved, config_file)
+        logs = config.run_dir / "logs"
+        children = [ChildSpec("train", "train", config_file, log_file=None, resume=resume, keep_open=keep_open)]
+        children += [
+            ChildSpec(name, "capture", config_file, log_file=logs / f"{name}.log", keep_open=keep_open)
+            for name in capture_names(config)
+        ]
+        runtime = HostRuntime(HostExecutor(endpoint, config.launch.restarts, command), children, resources.pop_all())
+    return runtime
 
 
 def run_disagg_online_interleaved(config: RunConfig, *, resume: bool = False) -> TrainOutcome:
     """Both halves of the disaggregated path in this process, alternating: its ledger and its arena, no network."""
     inputs = read_run_inputs(config)
     resolved = replace(inputs, config=resolve(config, inputs.plan))
+    if not resume:
+        collect_orphans(run_id(config))
     with contextlib.ExitStack() as resources:
+        resources.callback(collect_orphans, run_id(config))
         store = make_arena(resolved.config, resources)
         engine = make_engine(config, inputs.target)
         outcome = _train_side(resolved, store, resources, resume, engine=engine).run()
@@ -160,14 +190,18 @@ def resolve(config: RunConfig, plan: Plan) -> RunConfig:
         "local": LocalStore(),
         "shared_memory": SharedMemoryStore(capacity_bytes=plan.store_capacity_bytes or 1),
     }
-    ledgers: dict[str, NoLedger | MemoryLedger | SqliteLedger] = {
-        "none": NoLedger(),
-        "memory": MemoryLedger(),
-        "sqlite": SqliteLedger(path=plan.ledger_path),
-    }
     data_plane = config.data_plane.model_copy(update={"store": stores[plan.store]})
-    control_plane = config.control_plane.model_copy(update={"ledger": ledgers[plan.ledger]})
+    control_plane = config.control_plane.model_copy(update={"ledger": resolved_ledger(plan)})
     return config.model_copy(update={"data_plane": data_plane, "control_plane": control_plane})
+
+
+def resolved_ledger(plan: Plan) -> LedgerConfig:
+    """The options of the ledger that ``plan`` chose, with its place."""
+    if plan.ledger_url is not None:
+        return PostgresLedger(url=plan.ledger_url, name=plan.ledger_name)
+    if plan.ledger == "sqlite":
+        return SqliteLedger(path=plan.ledger_path)
+    return MemoryLedger() if plan.ledger == "memory" else NoLedger()
 
 
 def make_engine(config: RunConfig, target: TargetInfo) -> HFTargetEngine:
@@ -179,13 +213,13 @@ def make_engine(config: RunConfig, target: TargetInfo) -> HFTargetEngine:
 
 
 def make_arena(config: RunConfig, resources: contextlib.ExitStack) -> SharedMemoryFeatureStore:
-    """A new arena of this process; what dead writers of the same run left is collected first."""
+    """A new arena of this process. What dead writers of the same run left stays: it may still be trained."""
     store = config.data_plane.store
     if not isinstance(store, SharedMemoryStore):
         raise ConfigError(f"this process writes to shared memory, but data_plane.store.kind is {store.kind}")
-    collect_orphans(run_id(config))
-    window_slots = config.control_plane.window_steps * config.training.global_batch_size
-    arena = SharedMemoryFeatureStore.create(run_id(config), store.capacity_bytes, max_samples=2 * window_slots + 64)
+    arena = SharedMemoryFeatureStore.create(
+        run_id(config), store.capacity_bytes, max_samples=2 * max_resident_samples(config) + 64
+    )
     resources.callback(arena.close)
     return arena
 
@@ -242,7 +276,6 @@ def make_trainer(
             total_steps=plan.total_steps,
             checkpoint_every=training.checkpoint_every,
             seed=inputs.config.seed,
-            num_samples=plan.num_samples,
             device_type=device.type,
             compute_dtype=resolve_dtype(training.dtype, device),
         ),
@@ -263,25 +296,17 @@ def _train_side(
     resume: bool,
     *,
     engine: HFTargetEngine | None = None,
-    served: bool = False,
+    served: Served | None = None,
 ) -> TrainRuntime:
     """Controller, loader and trainer over ``store``; takes ``resources`` over. ``engine``: capture in this thread."""
-    config, plan = inputs.config, inputs.plan
+    config, plan, control = inputs.config, inputs.plan, inputs.config.control_plane
     torch.set_num_threads(config.training.threads)
     config.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     checkpoint = make_checkpointer(config).latest() if resume else None
     position = checkpoint.position if checkpoint else TrainPosition()
     trainable = make_trainable(inputs)
     writer, reader = memory_channel()
-    controller, _ = resolve_control_plane(
-        MODES[plan.ledger],
-        SampleOrder(len(inputs.tasks), config.training.num_epochs, config.seed, config.control_plane.shuffle),
-        inputs.tasks,
-        writer,
-        controller_settings(inputs),
-        store.abort,
-        plan.ledger_path,
-    )
+    controller = make_controller(inputs, writer, store)
     resources.callback(controller.close)
     monitor = make_monitor(config, plan, position)
     resources.callback(monitor.close)
@@ -290,8 +315,12 @@ def _train_side(
     )
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    controller.resume(position.num_slots, position.step)
-    queue = StreamingRefQueue(reader)
+    controller.resume(
+        Position(position.num_slots, position.step, prefix=control.order == "strict"),
+        checkpoint.ledger if checkpoint else None,
+        served.live_workers if served else (),
+    )
+    queue = StreamingRefQueue(reader, idle_timeout_s=control.idle_timeout_s)
     refs: RefSource = HandOver(queue)
     if engine is not None:
         worker = make_worker(inputs, controller, engine, store, "inline")
@@ -303,9 +332,9 @@ def _train_side(
         resources.callback(prefetch.close)
         batches = prefetch
     endpoint = None
-    if served:
-        token = secrets.token_urlsafe(32)
-        endpoint = ControlPlaneServer(controller, token, config.control_plane.host, config.control_plane.port), token
+    if served is not None:
+        server = ControlPlaneServer(controller, served.token, control.host, control.port, listener=served.listener)
+        endpoint = server, served.token
     return TrainRuntime(
         trainer,
         controller,
@@ -316,16 +345,32 @@ def _train_side(
     )
 
 
+def make_controller(inputs: RunInputs, writer: RefWriter, store: FeatureStore) -> DataFlowController:
+    config, plan = inputs.config, inputs.plan
+    controller, _ = resolve_control_plane(
+        MODES[plan.ledger],
+        SampleOrder(len(inputs.tasks), config.training.num_epochs, config.seed, config.control_plane.shuffle),
+        ListedTasks(inputs.tasks),
+        writer,
+        controller_settings(inputs),
+        store,
+        ledger=plan.ledger_url or plan.ledger_path,
+        ledger_name=plan.ledger_name,
+    )
+    return controller
+
+
 MODES = {
     "none": DeploymentMode.LOCAL_COLOCATED,
     "memory": DeploymentMode.DATAFLOW_COLOCATED,
     "sqlite": DeploymentMode.DISAGGREGATED,
+    "postgres": DeploymentMode.DISAGGREGATED,
 }
 
 
 def controller_settings(inputs: RunInputs) -> ControllerSettings:
     control, plan = inputs.config.control_plane, inputs.plan
-    capacity = plan.store_capacity_bytes
+    capacity, tolerated = plan.store_capacity_bytes, control.max_quarantined
     return ControllerSettings(
         window_slots=plan.window_slots,
         step_slots=inputs.config.training.global_batch_size,
@@ -333,7 +378,11 @@ def controller_settings(inputs: RunInputs) -> ControllerSettings:
         bytes_per_token=plan.bytes_per_token,
         lease_s=control.lease_s,
         max_attempts=control.max_attempts,
-        max_quarantined=control.max_quarantined,
+        max_crash_attempts=control.max_crash_attempts,
+        max_quarantined=tolerated if isinstance(tolerated, int) else math.floor(tolerated * plan.num_samples),
+        low_watermark=control.low_watermark,
+        in_order=control.order == "strict",
+        release=control.release,
     )
 
 
@@ -346,6 +395,8 @@ def loader_settings(inputs: RunInputs, position: TrainPosition) -> LoaderSetting
         capture_fingerprint=inputs.spec.fingerprint,
         target_revision=inputs.target.revision,
         start_slot=position.num_slots,
+        num_samples=inputs.plan.num_samples,
+        in_order=inputs.config.control_plane.order == "strict",
     )
 
 

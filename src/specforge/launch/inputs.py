@@ -16,7 +16,7 @@ from specforge.contracts.features import ITEM_BYTES
 from specforge.contracts.tasks import PromptTask
 from specforge.errors import ConfigError, DataError
 from specforge.inference.target import count_parameters, load_tokenizer, read_target_info
-from specforge.launch.plan import DataFacts, ModelFacts, Plan, make_plan
+from specforge.launch.plan import DataFacts, ModelFacts, Plan, make_plan, run_id  # noqa: F401 (offered here too)
 from specforge.prompts.tasks import load_prompt_tasks
 
 RESOLVED_FILE = "resolved.yaml"
@@ -55,6 +55,7 @@ class RunInputs:
             "aux_layers": list(self.spec.aux_layers),
             "data_sha256": tasks_sha256(self.tasks),
             "shuffle": self.config.control_plane.shuffle,
+            "order": self.config.control_plane.order,
             "total_steps": self.plan.total_steps,
             **training.model_dump(
                 mode="json",
@@ -133,8 +134,3 @@ def capture_dtype(config: RunConfig) -> str:
         return config.data_plane.capture_dtype
     dtype = resolve_dtype(config.target.dtype, resolve_device(config.target.device))
     return str(dtype).removeprefix("torch.")
-
-
-def run_id(config: RunConfig) -> str:
-    """Short name of a run on this host, a function of its directory: names its shared memory."""
-    return hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:12]

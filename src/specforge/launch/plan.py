@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +53,12 @@ class ProcessPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is decided before a run starts. Bytes are bytes; ``bytes_per_token`` counts features."""
+    """Everything that is decided before a run starts. Bytes are bytes; ``bytes_per_token`` counts features.
+
+    ``store_capacity_bytes`` is the size of each arena: every one can hold all features of the run. ``window_bytes`` are
+    the features of the window at most; ``resident_bytes`` those that each release policy keeps at most.
+    ``ledger_path`` is of SQLite, ``ledger_url`` and ``ledger_name`` (the schema) are of PostgreSQL.
+    """
 
     topology: str
     processes: tuple[ProcessPlan, ...]
@@ -60,6 +66,10 @@ class Plan:
     store_capacity_bytes: int | None
     ledger: str
     ledger_path: Path | None
+    ledger_url: str | None
+    ledger_name: str | None
+    order: str
+    release: str
     channel: str
     aux_layers: tuple[int, ...]
     capture_dtype: str
@@ -67,6 +77,7 @@ class Plan:
     max_sample_bytes: int
     window_slots: int
     window_bytes: int
+    resident_bytes: dict[str, int]
     target_bytes: int
     draft_parameters: int
     num_samples: int
@@ -81,50 +92,37 @@ class Plan:
 
 def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: DataFacts, models: ModelFacts) -> Plan:
     """Resolve every automatic choice; a run that cannot work is a ConfigError with the number that would do."""
-    disaggregated = config.topology == "disaggregated"
     per_token = bytes_per_token(target, spec)
     max_sample = sample_bytes(target, spec, data.max_tokens)
     window_slots = config.control_plane.window_steps * config.training.global_batch_size
-    needed_steps = 2 + config.data_plane.prefetch_steps
-    if config.control_plane.window_steps < needed_steps:
-        raise ConfigError(
-            f"control_plane.window_steps is {config.control_plane.window_steps}, but with data_plane.prefetch_steps = "
-            f"{config.data_plane.prefetch_steps} the trainer waits for itself: set it to {needed_steps} or more"
-        )
-    window_bytes = window_slots * max_sample
-    store = config.data_plane.store
-    kind = store.kind
-    if kind == "auto":
-        kind = "shared_memory" if disaggregated else "local"
-    if kind == "local" and disaggregated:
-        raise ConfigError("data_plane.store.kind is local, which one process only can read: use shared_memory")
-    capacity = None
-    if kind == "shared_memory":
-        capacity = store.capacity_bytes if store.kind == "shared_memory" else default_capacity(window_bytes, max_sample)
-        check_arena(capacity, window_bytes, max_sample)
-    ledger = config.control_plane.ledger.kind
-    if ledger == "auto":
-        ledger = "sqlite" if disaggregated else "none"
-    if ledger == "none" and disaggregated:
-        raise ConfigError("control_plane.ledger.kind is none, which a disaggregated run cannot use: use sqlite")
+    _check_window(config)
     total_slots = data.num_samples * config.training.num_epochs
     total_steps = math.ceil(total_slots / config.training.global_batch_size)
     if config.training.max_steps is not None:
         total_steps = min(total_steps, config.training.max_steps)
+    kind = store_kind(config)
+    capacity = arena_capacity(config, max_sample) if kind == "shared_memory" else None
+    resident_bytes = {policy: num * max_sample for policy, num in resident_samples(config).items()}
+    held_bytes = capacity or resident_bytes[config.control_plane.release]
+    ledger = ledger_kind(config)
     return Plan(
         topology=config.topology,
-        processes=_processes(config, models, train_bytes(config, target, per_token, models), capacity or window_bytes),
+        processes=_processes(config, models, train_bytes(config, target, per_token, models), held_bytes),
         store=kind,
         store_capacity_bytes=capacity,
         ledger=ledger,
         ledger_path=ledger_path(config) if ledger == "sqlite" else None,
+        **ledger_place(config),
+        order=config.control_plane.order,
+        release=config.control_plane.release,
         channel="memory",
         aux_layers=spec.aux_layers,
         capture_dtype=spec.dtype,
         bytes_per_token=per_token,
         max_sample_bytes=max_sample,
         window_slots=window_slots,
-        window_bytes=window_bytes,
+        window_bytes=window_slots * max_sample,
+        resident_bytes=resident_bytes,
         target_bytes=models.target_bytes,
         draft_parameters=models.draft_parameters,
         num_samples=data.num_samples,
@@ -151,21 +149,76 @@ def sample_bytes(target: TargetInfo, spec: CaptureSpec, num_tokens: int) -> int:
     )
 
 
-def default_capacity(window_bytes: int, max_sample: int) -> int:
-    """The smallest arena, in whole MiB and at least 64 MiB, that always holds the window."""
-    needed = max(window_bytes / ARENA_SHARE, max_sample / MAX_SAMPLE_SHARE)
+def resident_samples(config: RunConfig) -> dict[str, int]:
+    """Release policy -> samples whose features are kept at most: the window, and what waits for a checkpoint."""
+    batch = config.training.global_batch_size
+    window = config.control_plane.window_steps * batch
+    return {"at_step": window, "at_checkpoint": window + config.training.checkpoint_every * batch}
+
+
+def max_resident_samples(config: RunConfig) -> int:
+    """``resident_samples`` of the policy that the run has."""
+    return resident_samples(config)[config.control_plane.release]
+
+
+def arena_capacity(config: RunConfig, max_sample: int) -> int:
+    """Bytes of one arena: as configured, or the smallest that always holds what is kept.
+
+    Refuses an arena in which that could not always be resident. Any worker may come to hold all of it.
+    """
+    resident_bytes = max_resident_samples(config) * max_sample
+    window_bytes = resident_samples(config)["at_step"] * max_sample
+    # What waits for a checkpoint must not keep capture paused, hence a share of it below the low watermark.
+    waiting_bytes = (resident_bytes - window_bytes) / config.control_plane.low_watermark
+    needed = default_capacity(window_bytes + math.ceil(waiting_bytes), max_sample)
+    store = config.data_plane.store
+    if store.kind != "shared_memory":
+        return needed
+    capacity = store.capacity_bytes
+    if max_sample > capacity * MAX_SAMPLE_SHARE or resident_bytes > capacity * ARENA_SHARE:
+        raise ConfigError(
+            f"data_plane.store.capacity_bytes is {capacity:,}, but with control_plane.release = "
+            f"{config.control_plane.release} the samples kept may take {resident_bytes:,} bytes and one sample "
+            f"{max_sample:,}: set it to {needed:,} or more, or lower control_plane.window_steps, "
+            f"{_to_lower(config)}training.global_batch_size or data.max_length"
+        )
+    return capacity
+
+
+def default_capacity(resident_bytes: int, max_sample: int) -> int:
+    """The smallest arena, in whole MiB and at least 64 MiB, that always holds ``resident_bytes``."""
+    needed = max(resident_bytes / ARENA_SHARE, max_sample / MAX_SAMPLE_SHARE)
     return max(64, math.ceil(needed / 2**20)) * 2**20
 
 
-def check_arena(capacity: int, window_bytes: int, max_sample: int) -> None:
-    """Refuse an arena in which the window of a few optimizer steps could not always be resident."""
-    needed = default_capacity(window_bytes, max_sample)
-    if max_sample > capacity * MAX_SAMPLE_SHARE or window_bytes > capacity * ARENA_SHARE:
-        raise ConfigError(
-            f"data_plane.store.capacity_bytes is {capacity:,}, but the samples of the window may take {window_bytes:,} "
-            f"bytes and one sample {max_sample:,}: set it to {needed:,} or more, or lower control_plane.window_steps, "
-            "training.global_batch_size or data.max_length"
-        )
+def store_kind(config: RunConfig) -> str:
+    """``local`` or ``shared_memory``."""
+    kind, disaggregated = config.data_plane.store.kind, config.topology == "disaggregated"
+    if kind == "local" and disaggregated:
+        raise ConfigError("data_plane.store.kind is local, which one process only can read: use shared_memory")
+    if kind == "auto":
+        return "shared_memory" if disaggregated else "local"
+    return kind
+
+
+def ledger_kind(config: RunConfig) -> str:
+    """``none``, ``memory``, ``sqlite`` or ``postgres``."""
+    kind, disaggregated = config.control_plane.ledger.kind, config.topology == "disaggregated"
+    if kind == "none" and disaggregated:
+        raise ConfigError("control_plane.ledger.kind is none, which a disaggregated run cannot use: use sqlite")
+    if kind == "auto":
+        return "sqlite" if disaggregated else "none"
+    return kind
+
+
+def capture_names(config: RunConfig) -> list[str]:
+    """The capture processes of a disaggregated run."""
+    return [f"capture-{number}" for number in range(config.launch.num_capture_workers)]
+
+
+def run_id(config: RunConfig) -> str:
+    """Short name of a run, a function of its directory: names its shared memory and its database schema."""
+    return hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:12]
 
 
 def ledger_path(config: RunConfig) -> Path:
@@ -182,6 +235,27 @@ def train_bytes(config: RunConfig, target: TargetInfo, per_token: int, models: M
     return 4 * ITEM_BYTES["float32"] * models.draft_parameters + tables + tokens * per_token
 
 
+def _check_window(config: RunConfig) -> None:
+    needed_steps = 2 + config.data_plane.prefetch_steps
+    if config.control_plane.window_steps < needed_steps:
+        raise ConfigError(
+            f"control_plane.window_steps is {config.control_plane.window_steps}, but with data_plane.prefetch_steps = "
+            f"{config.data_plane.prefetch_steps} the trainer waits for itself: set it to {needed_steps} or more"
+        )
+
+
+def _to_lower(config: RunConfig) -> str:
+    return "training.checkpoint_every, " if config.control_plane.release == "at_checkpoint" else ""
+
+
+def ledger_place(config: RunConfig) -> dict[str, str | None]:
+    """``ledger_url`` and ``ledger_name`` (the schema) of a run with a ledger in PostgreSQL; ``None`` of any other."""
+    ledger = config.control_plane.ledger
+    if ledger.kind != "postgres":
+        return {"ledger_url": None, "ledger_name": None}
+    return {"ledger_url": ledger.url, "ledger_name": ledger.name or f"specforge_{run_id(config)}"}
+
+
 def _processes(
     config: RunConfig, models: ModelFacts, num_train_bytes: int, num_store_bytes: int
 ) -> tuple[ProcessPlan, ...]:
@@ -190,7 +264,11 @@ def _processes(
     if config.topology == "colocated":
         roles = ("capture", "controller", "train")
         return (ProcessPlan("specforge", roles, device, threads, num_train_bytes + num_capture_bytes),)
+    train = ProcessPlan("train", ("controller", "control-plane server", "train"), device, threads, num_train_bytes)
     return (
-        ProcessPlan("train", ("controller", "control-plane server", "train"), device, threads, num_train_bytes),
-        ProcessPlan("capture-0", ("capture",), config.target.device, threads, num_capture_bytes),
+        train,
+        *(
+            ProcessPlan(name, ("capture",), config.target.device, threads, num_capture_bytes)
+            for name in capture_names(config)
+        ),
     )

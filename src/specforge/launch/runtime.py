@@ -14,7 +14,8 @@ from torch import Tensor
 from specforge.contracts.batches import StepBatches
 from specforge.contracts.refs import SlotRef
 from specforge.errors import ProducerFailed, RunFailed
-from specforge.launch.host import ChildSpec, HostExecutor
+from specforge.launch.child import ChildSpec
+from specforge.launch.host import HostExecutor
 from specforge.monitor.base import Monitor
 from specforge.training.trainer import Trainer
 
@@ -26,7 +27,11 @@ class Controller(Protocol):
 
     def finish(self) -> None: ...
 
+    def leave(self, worker_id: str, reason: str | None) -> None: ...
+
     def summary(self) -> dict[str, Any]: ...
+
+    def account(self) -> dict[str, Any]: ...
 
 
 class Worker(Protocol):
@@ -37,7 +42,7 @@ class Worker(Protocol):
     def run_once(self, timeout_s: float) -> bool: ...
 
 
-class Endpoint(Protocol):
+class Server(Protocol):
     """A control-plane server."""
 
     url: str
@@ -71,7 +76,7 @@ class TrainRuntime:
         batches: Iterable[StepBatches[Tensor]],
         weights_sha256: Callable[[], str],
         resources: contextlib.ExitStack,
-        endpoint: tuple[Endpoint, str] | None = None,
+        endpoint: tuple[Server, str] | None = None,
     ) -> None:
         self.trainer = trainer
         self.controller = controller
@@ -122,12 +127,12 @@ class TrainRuntime:
                 step=position.step,
                 num_slots=position.num_slots,
                 draft_weights_sha256=self._weights_sha256(),
-                ledger=self.controller.summary(),
+                ledger=self.controller.account(),
             )
 
 
 class CaptureRuntime:
-    """The capture side in a process of its own: one rollout worker on one engine."""
+    """The capture side in a process of its own: one engine and one arena, for one rollout worker after the other."""
 
     def __init__(
         self, connect: Callable[[str, str, contextlib.ExitStack], Worker], resources: contextlib.ExitStack
@@ -137,9 +142,11 @@ class CaptureRuntime:
 
     def run(self, url: str, token: str) -> None:
         """Lease, capture and commit until the control plane says that nothing is left."""
-        self._connect(url, token, self._resources).run()
+        with contextlib.ExitStack() as connection:
+            self._connect(url, token, connection).run()
 
     def close(self) -> None:
+        """The features go with it: only at the end of the run."""
         self._resources.close()
 
 
@@ -210,19 +217,17 @@ class StepLog:
 
 
 class HostRuntime:
-    """A run whose two sides are children of this process."""
+    """A run whose sides are children of this process. ``resources`` are closed when it ends."""
 
-    def __init__(self, executor: HostExecutor, children: Sequence[ChildSpec], clean_up: Callable[[], object]) -> None:
+    def __init__(self, executor: HostExecutor, children: Sequence[ChildSpec], resources: contextlib.ExitStack) -> None:
         self._executor = executor
         self._children = children
-        self._clean_up = clean_up
+        self._resources = resources
 
     def run(self) -> TrainOutcome:
         """Until all children ended. ``KeyboardInterrupt`` when they were stopped: a checkpoint is there."""
-        try:
+        with self._resources, stop_on_signals(self._executor.request_stop):
             outcome = TrainOutcome(**self._executor.run(self._children)["train"])
-        finally:
-            self._clean_up()
         if not outcome.finished:
             raise KeyboardInterrupt
         return outcome

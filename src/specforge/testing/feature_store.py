@@ -268,6 +268,73 @@ class FeatureStoreSuite:
         reader.release([FeatureHandle(store.name, "a", 1, 123_456)])
         assert store.health().num_handles == 0
 
+    # What is there
+
+    def test_live_says_what_a_get_would_find_and_keeps_no_handle(
+        self, store: FeatureStore, reader: FeatureStore
+    ) -> None:
+        refs = [put_one(store, name, filled(64, 1)) for name in "abc"]
+        held = reader.get(refs[2:])
+        store.abort([("a", 1)])
+        reader.abort([("c", 1)])
+        fresh = put_one(store, "a", filled(64, 2), generation=2)
+        for side in (reader, store):
+            assert side.live([*refs, fresh]) == [False, True, False, True]
+            assert side.live([]) == []
+        reader.release([handle for _, handle in held])
+        assert store.health().num_handles == 0
+        assert reader.live(refs) == [False, True, False]
+
+    def test_ref_that_lies_is_not_live(self, store: FeatureStore, reader: FeatureStore) -> None:
+        ref = put_one(store, "a", {"x": torch.ones(16)})
+        for lie in (
+            make_ref("b", 1, StoredFeatures(ref.store, ref.key, ref.num_bytes, ref.features)),
+            make_ref("a", 2, StoredFeatures(ref.store, ref.key, ref.num_bytes, ref.features)),
+            make_ref("a", 1, StoredFeatures("elsewhere", ref.key, ref.num_bytes, ref.features)),
+            make_ref("a", 1, StoredFeatures(ref.store, ref.key, 2 * ref.num_bytes, ref.features)),
+            altered(ref, (FeatureSpec("x", "float32", (17,), 0),)),
+        ):
+            assert reader.live([ref, lie]) == [True, False]
+        assert store.health().num_handles == 0
+
+    def test_stored_lists_what_is_readable_and_nothing_else(self, store: FeatureStore, reader: FeatureStore) -> None:
+        assert reader.stored() == store.stored() == []
+        names = ["a", "ü" * 100, "a sample/with.every:thing-%d", ""]
+        refs = [put_one(store, name, filled(64, 1), generation=index) for index, name in enumerate(names)]
+        put_one(store, "a", filled(64, 1), generation=7)
+        pairs = [(name, index) for index, name in enumerate(names)] + [("a", 7)]
+        assert sorted(reader.stored()) == sorted(store.stored()) == sorted(pairs)
+        [(_, handle)] = reader.get(refs[:1])
+        reader.abort(pairs[:2])
+        store.abort(pairs[2:3])
+        assert sorted(reader.stored()) == sorted(store.stored()) == sorted(pairs[3:])
+        reader.release([handle])
+        with pytest.raises(FeatureStoreError):
+            put_one(store, "a", filled(64, 1), generation=7)
+        assert sorted(reader.stored()) == sorted(pairs[3:])
+        reader.abort(pairs[3:])
+        assert reader.stored() == store.stored() == []
+
+    def test_put_after_its_abort_is_not_stored(self, store: FeatureStore, reader: FeatureStore) -> None:
+        store.abort([("a", 1)])
+        ref = put_one(store, "a", filled(64, 1))
+        assert reader.stored() == []
+        assert reader.live([ref]) == [False]
+
+    def test_gc_frees_nothing_that_is_readable_or_held(self, store: FeatureStore, reader: FeatureStore) -> None:
+        first, second = (put_one(store, name, filled(LARGEST, 5)) for name in "ab")
+        [(tensors, handle)] = reader.get([first])
+        reader.abort([("a", 1)])
+        store.gc()
+        reader.gc()
+        assert reader.stored() == [("b", 1)]
+        assert store.health().live_bytes == 2 * LARGEST
+        assert_same_bits(tensors, filled(LARGEST, 5))
+        reader.release([handle])
+        [(tensors, handle)] = reader.get([second])
+        assert_same_bits(tensors, filled(LARGEST, 5))
+        reader.release([handle])
+
     # References that lie
 
     def test_failed_batch_get_keeps_no_handle(self, store: FeatureStore, reader: FeatureStore) -> None:

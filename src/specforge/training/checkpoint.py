@@ -3,7 +3,7 @@
     RUN_DIR/checkpoints/step-00000100/
         draft.safetensors       the draft under its served names, in training precision
         optimizer.safetensors   fp32 masters and moments
-        state.json              step, data position, identity, and size and SHA-256 of the two files
+        state.json              step, data position, identity, the ledger's state, and size and SHA-256 of the two files
 
 A checkpoint is written to a temporary directory, synced, and renamed; ``state.json`` is checked against the files on
 load, so a damaged checkpoint is skipped with a warning and the one before it is used.
@@ -27,16 +27,18 @@ import safetensors.torch
 import torch
 
 from specforge.errors import DraftError
+from specforge.faults import fault_point
 
 _NAME = re.compile(r"step-(\d{8})")
 _FILES = ("draft.safetensors", "optimizer.safetensors")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TrainPosition:
     """Where training stands: completed optimizer steps, updates dropped for non-finite gradients, and ``num_slots``:
-    every slot of the run below that number was trained, or skipped for good (its prompt is quarantined).
+    in strict order every slot of the run below that number was trained, or skipped for good (its prompt is
+    quarantined); in arrival order so many slots were trained.
     """
 
     step: int = 0
@@ -59,11 +61,14 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """What ``state.json`` says; ``files`` are the sizes and hashes of the files beside it."""
+    """What ``state.json`` says; ``files`` are the sizes and hashes of the files beside it, ``ledger`` what the ledger
+    wanted kept.
+    """
 
     path: Path
     position: TrainPosition
     provenance: Provenance
+    ledger: dict[str, Any]
     files: dict[str, dict[str, Any]]
 
 
@@ -74,6 +79,7 @@ class Checkpoint:
     path: Path
     position: TrainPosition
     provenance: Provenance
+    ledger: dict[str, Any]
     draft: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
 
@@ -90,13 +96,13 @@ class Checkpointer:
         position: TrainPosition,
         tensors: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
         provenance: Provenance,
+        ledger: dict[str, Any],
     ) -> Path:
-        """Write (draft, optimizer) ``tensors``; complete on disk when it returns."""
+        """Write (draft, optimizer) ``tensors`` and the ``ledger``'s JSON; complete on disk when it returns."""
         self._directory.mkdir(parents=True, exist_ok=True)
         final = self._directory / f"step-{position.step:08d}"
-        if _is_complete(final):  # a resumed run reached this step again: the same bits are there
+        if _is_complete(final, position, ledger):  # a resumed run reached this step again: the same bits are there
             return final
-        shutil.rmtree(final, ignore_errors=True)
         partial = self._directory / f".{final.name}.{os.getpid()}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -109,13 +115,17 @@ class Checkpointer:
             "format": FORMAT_VERSION,
             "position": asdict(position),
             **asdict(provenance),
+            "ledger": ledger,
             "files": files,
         }
         (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         _sync(partial / "state.json")
         _sync(partial)
+        fault_point("checkpoint.written")
+        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _sync(self._directory)
+        fault_point("checkpoint.renamed")
         self._rotate(final)
         return final
 
@@ -163,9 +173,12 @@ def read_state(path: Path) -> CheckpointState:
     try:
         position = TrainPosition(**state["position"])
         provenance = Provenance(state["identity"], state["draft_config"], state["target"])
-        return CheckpointState(path, position, provenance, {name: state["files"][name] for name in _FILES})
+        ledger, files = state["ledger"], {name: state["files"][name] for name in _FILES}
     except (KeyError, TypeError) as error:
         raise DraftError(f"{state_file} is not a whole checkpoint state: {error}") from None
+    if not isinstance(ledger, dict):
+        raise DraftError(f"{state_file}: expected an object under 'ledger', got {type(ledger).__name__}")
+    return CheckpointState(path, position, provenance, ledger, files)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -176,7 +189,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if not file.is_file() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
             raise DraftError(f"{file} is missing, truncated or changed since the checkpoint was written")
     draft, optimizer = (safetensors.torch.load_file(path / name) for name in _FILES)
-    return Checkpoint(path, state.position, state.provenance, draft, optimizer)
+    return Checkpoint(path, state.position, state.provenance, state.ledger, draft, optimizer)
 
 
 def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
@@ -189,12 +202,12 @@ def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _is_complete(path: Path) -> bool:
+def _is_complete(path: Path, position: TrainPosition, ledger: dict[str, Any]) -> bool:
     try:
-        load_checkpoint(path)
+        found = load_checkpoint(path)
     except DraftError:
         return False
-    return True
+    return found.position == position and found.ledger == json.loads(json.dumps(ledger))
 
 
 def _sha256(path: Path) -> str:

@@ -26,9 +26,13 @@ from specforge.training.schedule import Schedule
 
 
 class Ledger(Protocol):
-    """Who is told that slots were trained and that a checkpoint is complete."""
+    """Who is told that slots were trained and that a checkpoint is complete, and has a say in what it holds."""
 
     def ack(self, slots: Sequence[Slot], step: int) -> None: ...
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps for the ledger, as JSON data. Asked before the checkpoint is written."""
+        ...
 
     def checkpointed(self, step: int) -> None: ...
 
@@ -47,14 +51,12 @@ class Trainable:
 class TrainerSettings:
     """``total_steps`` ends the training (or the batches do, when there are fewer) and is the horizon of schedules.
 
-    ``num_samples`` is the number of slots of an epoch. ``compute_dtype`` is the autocast type of forward and loss;
-    float32 computes in the parameters' own precision.
+    ``compute_dtype`` is the autocast type of forward and loss; float32 computes in the parameters' own precision.
     """
 
     total_steps: int
     checkpoint_every: int
     seed: int
-    num_samples: int
     device_type: str = "cpu"
     compute_dtype: torch.dtype = torch.float32
 
@@ -124,10 +126,9 @@ class Trainer:
         norm = self._optimizer.step(lr) if num_supervised else 0.0
         self._optimizer.zero_grad()
         skipped = int(not math.isfinite(norm))
-        last = step_batches.slots[-1]
         self.position = TrainPosition(
             step=position.step + 1,
-            num_slots=last.epoch * self._settings.num_samples + last.position + 1,
+            num_slots=step_batches.num_slots,
             num_skipped_updates=position.num_skipped_updates + skipped,
         )
         return sums.scalars(num_supervised) | {
@@ -147,7 +148,7 @@ class Trainer:
         if self._saved_step == self.position.step:
             return
         tensors = (self._parts.draft.served_state(), self._optimizer.state_tensors())
-        self._checkpointer.save(self.position, tensors, self._parts.provenance)
+        self._checkpointer.save(self.position, tensors, self._parts.provenance, self._ledger.checkpoint_state())
         self._saved_step = self.position.step
         self._ledger.checkpointed(self.position.step)
 

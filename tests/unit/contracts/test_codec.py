@@ -132,7 +132,7 @@ def test_text_that_is_no_json_is_refused(text):
 
 @pytest.mark.parametrize("position", [1.0, "1", None, [1], {"a": 1}])
 def test_field_of_another_type_is_refused(position):
-    with pytest.raises(ContractError, match=r"Slot\.position: expected int"):
+    with pytest.raises(ContractError, match=r"Slot\.position: expected a valid integer, got"):
         from_json(Slot, {**SLOT, "position": position})
 
 
@@ -156,12 +156,69 @@ def test_tensor_inside_a_record_is_refused_with_its_place():
         to_json(task)
 
 
-@pytest.mark.parametrize("number", [float("inf"), float("nan")])
-def test_number_that_json_cannot_carry_is_refused(number):
-    words = dict.fromkeys(("path", "architecture", "model_type", "revision"), "a")
-    fields = {field.name: 1 for field in dataclasses.fields(TargetInfo)} | words
-    with pytest.raises(ValueError, match="JSON"):
-        dumps(TargetInfo(**(fields | {"rope_theta": number})))
+TARGET = TargetInfo(
+    path="a",
+    architecture="b",
+    model_type="c",
+    revision="d",
+    num_layers=4,
+    hidden_size=8,
+    intermediate_size=16,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    vocab_size=32,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+    eos_token_ids=(1,),
+)
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+def test_number_that_json_cannot_carry_is_refused_both_ways(number):
+    with pytest.raises(ContractError, match=r"TargetInfo\.rope_theta: expected a finite number"):
+        dumps(dataclasses.replace(TARGET, rope_theta=number))
+    with pytest.raises(ContractError, match=r"TargetInfo\.rope_theta: expected a finite number"):
+        loads(TargetInfo, dumps(TARGET).replace("10000.0", json.dumps(number)))
+    named = dataclasses.replace(TARGET, path=json.dumps(number))
+    assert loads(TargetInfo, dumps(named)) == named
+
+
+def test_what_could_not_be_read_again_is_not_written():
+    integer_for_float = dataclasses.replace(TARGET, rope_theta=10_000)
+    assert loads(TargetInfo, dumps(integer_for_float)) == TARGET
+    for wrong in ({"num_layers": 4.0}, {"num_layers": True}, {"path": 3}, {"path": "\ud800"}, {"eos_token_ids": 1}):
+        with pytest.raises(ContractError, match="TargetInfo"):
+            dumps(dataclasses.replace(TARGET, **wrong))
+    with pytest.raises(ContractError, match="expected a record of contracts"):
+        dumps(3)
+
+
+def test_a_fault_deep_in_a_record_is_named_with_its_place():
+    ref = SampleRef("a", 1, 2, (), "local", "k", 64, layout([("last", "float32", (2, 4))])[0], "r", "f", "w")
+    text = dumps(SlotRef(Slot(0, 1), ref))
+    for old, new, place in [
+        ('"offset":0', '"offset":0.0', r"SlotRef\.ref\.features\[0\]\.offset: expected a valid integer"),
+        ('"shape":[2,4]', '"shape":[2,"4"]', r"SlotRef\.ref\.features\[0\]\.shape\[1\]: expected a valid integer"),
+        ('"offset":0', '"offset":0,"data":[0.5]', r"SlotRef\.ref\.features\[0\]: unknown field 'data'"),
+        ('"epoch":0,', "", r"SlotRef\.slot: field 'epoch' is missing"),
+    ]:
+        assert old in text
+        with pytest.raises(ContractError, match=place):
+            loads(SlotRef, text.replace(old, new))
+
+
+@pytest.mark.parametrize("write", [str, str.encode])
+def test_text_laid_out_in_another_way_is_read_all_the_same(write):
+    slot = Slot(1, 2)
+    spaced = json.dumps(dict(reversed(to_json(slot).items())), indent=1)
+    assert loads(Slot, write(spaced)) == loads(Slot, write(dumps(slot))) == slot
+    for torn in (dumps(slot)[:-1], dumps(slot) + "}", dumps(slot) + "," + dumps(slot)):
+        with pytest.raises(ContractError, match="Slot"):
+            loads(Slot, write(torn))
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(ITEM_BYTES)), st.lists(st.integers(0, 50), max_size=3)), max_size=5))

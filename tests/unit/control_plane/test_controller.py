@@ -4,68 +4,19 @@ import threading
 import time
 
 import pytest
+from controlled_run import NUM_SAMPLES, Run
 
 from specforge.control_plane.channel.memory import memory_channel
-from specforge.control_plane.controller import ControllerSettings, DataFlowController
+from specforge.control_plane.controller import ControllerSettings
+from specforge.control_plane.metadata.base import Position
 from specforge.control_plane.metadata.memory import InMemoryMetadataStore
 from specforge.control_plane.metadata.noop import NoOpMetadataStore
 from specforge.control_plane.metadata.sql import SqlMetadataStore
 from specforge.control_plane.modes import DeploymentMode, resolve_control_plane
-from specforge.control_plane.prompts import SampleOrder
+from specforge.control_plane.prompts import ListedTasks, SampleOrder
 from specforge.errors import ConfigError, ContractError, ControlPlaneError, DataError, InvalidTransition, ProducerFailed
+from specforge.testing.features import NamedFeatures
 from specforge.testing.metadata_store import make_ref, make_task
-
-NUM_SAMPLES = 6
-
-
-class Run:
-    """A controller with both of its sides, driven by hand, on a clock that only the test moves."""
-
-    def __init__(self, store, *, epochs=1, num_samples=NUM_SAMPLES, seed=1, clock=None, **settings):
-        self.now = 0.0
-        self.store = store
-        self.order = SampleOrder(num_samples, epochs, seed=seed)
-        self.tasks = [make_task(i) for i in range(num_samples)]
-        self.writer, self.reader = memory_channel()
-        self.released = []
-        options = {"window_slots": 4, "step_slots": 2, "lease_s": 10.0, **settings}
-        self.controller = DataFlowController(
-            store,
-            self.order,
-            self.tasks,
-            self.writer,
-            ControllerSettings(**options),
-            self.released.extend,
-            clock=clock or (lambda: self.now),
-        )
-
-    def lease(self, n=100, worker="w0"):
-        reply = self.controller.lease(worker, n, 0.0)
-        return list(reply.leases)
-
-    def commit(self, leases, num_bytes=None):
-        refs = [make_ref(lease.task, lease.generation, num_bytes) for lease in leases]
-        return list(self.controller.commit(refs).accepted)
-
-    def poll(self, n=100):
-        return self.reader.poll(n, 0.0)
-
-    def train(self, refs, step):
-        self.controller.ack([ref.slot for ref in refs], step)
-
-    def indices(self, slots):
-        return [self.order.index_at(s) for s in slots]
-
-    def run_to_end(self, step=1):
-        """Capture and train whatever is left, two slots a step; the slots trained."""
-        trained = []
-        while not self.reader.ended:
-            self.commit(self.lease(3))
-            while refs := self.poll(2):
-                self.train(refs, step)
-                trained += [self.order.linear(ref.slot) for ref in refs]
-                step += 1
-        return trained
 
 
 @pytest.fixture(params=["noop", "memory", "sqlite"])
@@ -87,11 +38,11 @@ def test_a_run_trains_every_slot_once_in_order(store):
     assert run.lease() == []
     assert run.controller.lease("w0", 1, 60.0).finished
     run.controller.checkpointed(run.store.counts().last_step)
-    summary = run.controller.summary()
+    summary = run.controller.account()
     assert (summary["num_slots_trained"], summary["num_slots_durable"]) == (18, 18)
     assert summary["num_unique_samples_trained"] == NUM_SAMPLES
     assert summary["resident_bytes"] == summary["num_committed"] == summary["num_leased"] == 0
-    assert len(run.released) == len(set(run.released))
+    assert len(run.features.freed) == len(set(run.features.freed))
 
 
 def test_leases_follow_the_slot_order_inside_the_window(store):
@@ -128,7 +79,7 @@ def test_features_are_released_when_no_slot_of_the_window_needs_them(store):
     leases = run.lease()
     run.commit(leases)
     run.train(run.poll(2), 1)
-    assert run.released == [(lease.task.sample_id, 1) for lease in leases[:2]]
+    assert run.features.freed == [(lease.task.sample_id, 1) for lease in leases[:2]]
 
 
 def test_live_features_serve_the_next_epoch_without_a_new_capture(store):
@@ -139,9 +90,9 @@ def test_live_features_serve_the_next_epoch_without_a_new_capture(store):
     refs = run.poll()
     assert [run.order.linear(ref.slot) for ref in refs] == [0, 1, 2, 3]
     run.train(refs[:2], 1)
-    assert run.released == []
+    assert run.features.freed == []
     run.train(refs[2:], 2)
-    assert sorted(run.released) == [("s0", 1), ("s1", 1)]
+    assert sorted(run.features.freed) == [("s0", 1), ("s1", 1)]
 
 
 def test_bytes_bound_what_is_leased_and_resident(store):
@@ -218,7 +169,7 @@ def test_quarantined_samples_leave_their_slots_and_a_restart_repeats_that(tmp_pa
     run.store.close()
 
     again = Run(SqlMetadataStore(path), epochs=2, max_attempts=1, max_quarantined=1)
-    again.controller.resume(4, 2)
+    again.controller.resume(Position(4, 2))
     assert again.run_to_end(step=3) == [s for s in trained if s >= 4]
     assert again.controller.summary()["num_slots_trained"] == len(trained)
     again.store.close()
@@ -249,17 +200,17 @@ def test_finishing_early_sends_workers_home_and_frees_what_is_resident(store):
     run.controller.finish()
     assert run.controller.lease("w0", 1, 60.0).finished
     assert run.commit(leases[3:]) == [False]
-    assert sorted(run.released) == sorted((lease.task.sample_id, 1) for lease in leases[:3])
+    assert sorted(run.features.freed) == sorted((lease.task.sample_id, 1) for lease in leases)
     summary = run.controller.summary()
     assert (summary["state"], summary["resident_bytes"], summary["num_leased"]) == ("finished", 0, 0)
 
 
-def test_a_worker_that_gives_up_fails_the_run_with_its_reason(store):
+def test_a_failed_run_sends_everybody_home_with_the_first_reason(store):
     run = Run(store)
     leases = run.lease()
-    run.controller.abandon("w0", "CUDA out of memory")
+    run.controller.fail_run("the disk is full")
     run.controller.fail_run("a later reason")
-    with pytest.raises(ProducerFailed, match="capture worker w0 failed: CUDA out of memory"):
+    with pytest.raises(ProducerFailed, match="the disk is full"):
         run.reader.poll(1)
     assert run.commit(leases) == [False] * len(leases)
     assert run.controller.lease("w0", 1, 60.0).finished
@@ -281,7 +232,9 @@ def test_a_blocked_lease_ends_at_once(memory, what):
         run.commit(leases)
     cancelled = threading.Event()
     replies = []
-    thread = threading.Thread(target=lambda: replies.append(run.controller.lease("w1", 1, 1000.0, cancelled.is_set)))
+    thread = threading.Thread(
+        target=lambda: replies.append(run.controller.lease("w1", 1, 1000.0, "", cancelled.is_set))
+    )
     thread.start()
     if what == "ack":
         run.train(run.poll(1), 1)
@@ -307,7 +260,7 @@ def test_resuming_goes_back_to_the_checkpoint(store):
     before = {lease.task.sample_id: lease.generation for lease in run.lease()}
 
     again = Run(store, epochs=2)
-    again.controller.resume(2, 1)
+    again.controller.resume(Position(2, 1))
     leases = again.lease()
     assert [lease.task.index for lease in leases] == again.indices(range(2, 6))
     assert all(lease.generation > before.get(lease.task.sample_id, 0) for lease in leases)
@@ -318,11 +271,11 @@ def test_resuming_goes_back_to_the_checkpoint(store):
 
 def test_resuming_goes_forward_to_a_checkpoint_that_the_ledger_has_not_heard_of(store):
     run = Run(store)
-    run.controller.resume(4, 2)
+    run.controller.resume(Position(4, 2))
     summary = run.controller.summary()
     assert (summary["num_slots_trained"], summary["num_slots_durable"]) == (4, 4)
     assert run.run_to_end(step=3) == [4, 5]
-    assert run.controller.summary()["num_unique_samples_trained"] == NUM_SAMPLES
+    assert run.controller.account()["num_unique_samples_trained"] == NUM_SAMPLES
 
 
 def test_a_ledger_without_a_checkpoint_starts_again(store):
@@ -335,7 +288,7 @@ def test_a_ledger_without_a_checkpoint_starts_again(store):
 
 def test_resuming_a_finished_run_ends_at_once(store):
     run = Run(store)
-    run.controller.resume(NUM_SAMPLES, 3)
+    run.controller.resume(Position(NUM_SAMPLES, 3))
     assert run.reader.ended
     assert run.controller.lease("w0", 1, 60.0).finished
 
@@ -343,10 +296,10 @@ def test_resuming_a_finished_run_ends_at_once(store):
 def test_resuming_is_refused_after_the_start_and_beyond_the_run(memory):
     run = Run(memory)
     with pytest.raises(DataError, match="covers 7 slots"):
-        run.controller.resume(7, 1)
+        run.controller.resume(Position(7, 1))
     run.lease()
     with pytest.raises(InvalidTransition):
-        run.controller.resume(0, 0)
+        run.controller.resume(Position(0, 0))
 
 
 def test_other_prompts_or_another_seed_than_the_ledger_has_are_refused(memory):
@@ -362,10 +315,30 @@ def test_an_ack_of_a_slot_that_was_not_dispatched_is_refused(store):
     run.commit(run.lease(2))
     refs = run.poll()
     run.train(refs[:1], 1)
-    for slots in ([refs[0].slot], [refs[1].slot, run.order.slot(3)]):
-        with pytest.raises(InvalidTransition):
-            run.controller.ack(slots, 1)
+    with pytest.raises(InvalidTransition):
+        run.controller.ack([refs[1].slot, run.order.slot(3)], 1)
     run.train(refs[1:], 1)
+
+
+def test_repeating_an_ack_changes_nothing_and_another_step_is_refused(memory):
+    run = Run(memory)
+    run.commit(run.lease(2))
+    refs = run.poll()
+    run.train(refs, 1)
+    before = run.controller.account()
+    run.train(refs, 1)
+    assert run.controller.account() == before
+    assert len(run.features.freed) == 2
+    with pytest.raises(InvalidTransition, match="one ack a slot"):
+        run.train(refs, 2)
+
+
+def test_repeating_a_lease_call_gives_what_is_left_of_its_leases(store):
+    run = Run(store)
+    first = run.lease(3, key="call-1")
+    run.commit(first[:1])
+    assert run.lease(3, key="call-1") == first[1:]
+    assert [lease.task.index for lease in run.lease(3, key="call-2")] == run.indices([3])
 
 
 def test_features_that_do_not_fit_the_prompt_or_hold_a_tensor_are_refused(memory):
@@ -384,7 +357,9 @@ def test_modes_decide_the_ledger_and_whether_acks_are_durable(mode, tmp_path):
     tasks = [make_task(i) for i in range(2)]
     path = tmp_path / "ledger.sqlite"
     settings = ControllerSettings(window_slots=2)
-    controller, durable_ack = resolve_control_plane(mode, order, tasks, writer, settings, lambda pairs: None, path)
+    controller, durable_ack = resolve_control_plane(
+        mode, order, ListedTasks(tasks), writer, settings, NamedFeatures(), path
+    )
     assert durable_ack == path.exists() == (mode is DeploymentMode.DISAGGREGATED)
     assert len(controller.lease("w0", 5, 0.0).leases) == 2
     controller.close()
@@ -392,14 +367,14 @@ def test_modes_decide_the_ledger_and_whether_acks_are_durable(mode, tmp_path):
 
 def test_a_disaggregated_run_without_a_ledger_path_is_refused():
     writer, _ = memory_channel()
-    with pytest.raises(ConfigError, match="got no path"):
+    with pytest.raises(ConfigError, match="got none; give the path"):
         resolve_control_plane(
             DeploymentMode.DISAGGREGATED,
             SampleOrder(1, 1, 0),
-            [make_task(0)],
+            ListedTasks([make_task(0)]),
             writer,
             ControllerSettings(window_slots=1),
-            lambda pairs: None,
+            NamedFeatures(),
         )
 
 
@@ -407,7 +382,8 @@ class RefusingStore(InMemoryMetadataStore):
     """A ledger on a full disk."""
 
     def requeue(self, attempts):
-        raise ControlPlaneError("no space left")
+        if attempts:
+            raise ControlPlaneError("no space left")
 
 
 def test_a_ledger_that_refuses_at_the_end_leaves_nobody_waiting_for_the_stream():

@@ -1,4 +1,4 @@
-"""Every MetadataStore against the suite, and what only the SQL one promises."""
+"""Every MetadataStore against the suite, and what only the SQL one promises in a file."""
 
 import contextlib
 import os
@@ -8,13 +8,24 @@ import subprocess
 import sys
 
 import pytest
+from illegal_statements import ILLEGAL, execute, fill
 
-from specforge.control_plane.metadata.base import Attempt, Dispatch, MetadataStore, SampleState, SlotState
+from specforge.control_plane.metadata import statements
+from specforge.control_plane.metadata.base import (
+    Attempt,
+    Dispatch,
+    MetadataStore,
+    Position,
+    Quarantine,
+    SampleState,
+    SlotState,
+)
 from specforge.control_plane.metadata.memory import InMemoryMetadataStore
 from specforge.control_plane.metadata.noop import NoOpMetadataStore
-from specforge.control_plane.metadata.sql import SqlMetadataStore, ledger_summary
-from specforge.errors import ConfigError, ControlPlaneError
-from specforge.testing.metadata_store import MetadataStoreSuite, make_ref, make_task
+from specforge.control_plane.metadata.sql import SqlMetadataStore
+from specforge.control_plane.modes import DeploymentMode, open_metadata_store
+from specforge.errors import ConfigError, ControlPlaneError, InvalidTransition
+from specforge.testing.metadata_store import MetadataStoreSuite, make_ref, make_task, read_counts
 
 
 class TestInMemory(MetadataStoreSuite):
@@ -23,8 +34,6 @@ class TestInMemory(MetadataStoreSuite):
 
 
 class TestNoOp(MetadataStoreSuite):
-    keeps_history = False
-
     def make_store(self) -> MetadataStore:
         return NoOpMetadataStore()
 
@@ -74,7 +83,8 @@ def test_everything_survives_a_restart(store, path):
     assert list(again.tasks()) == [make_task(i) for i in range(4)]
     with pytest.raises(ConfigError):
         again.bind("seed=2")
-    again.rewind(2, 1, lambda slot: slot)
+    again.rewind(Position(2, 1), lambda slot: slot, [])
+    again.lose([Attempt(0, 1), Attempt(1, 1)])
     assert again.lease([0, 1], "w0") == [2, 2]
     again.close()
 
@@ -92,8 +102,9 @@ def test_what_a_call_did_survives_the_death_of_its_process(path):
     done = subprocess.run([sys.executable, "-c", program, str(path)], check=False, timeout=60)
     assert done.returncode == -9
     store = SqlMetadataStore(path)
-    assert store.sample(2).state is SampleState.LEASED
-    store.rewind(0, 0, lambda slot: slot)
+    (item,) = store.in_flight()
+    assert (item.attempt, item.worker_id) == (Attempt(2, 1), "w0")
+    store.requeue([item.attempt])
     assert store.lease([2], "w0") == [2]
     store.close()
 
@@ -104,12 +115,12 @@ def test_the_file_is_private(store, path):
         assert stat.S_IMODE(beside.stat().st_mode) == 0o600, beside
 
 
-def test_a_ledger_of_another_schema_version_is_refused(store, path):
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_ledger_of_another_schema_version_is_refused(store, path, version):
     store.close()
-    with sqlite3.connect(path) as db:
-        db.execute("UPDATE run SET value = '99' WHERE key = 'schema_version'")
-    db.close()
-    with pytest.raises(ConfigError, match="schema version 99, this build reads version 1"):
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE run SET value = ? WHERE key = 'schema_version'", [str(version)])
+    with pytest.raises(ConfigError, match=f"schema version {version}, this build reads version 2"):
         SqlMetadataStore(path)
 
 
@@ -146,61 +157,43 @@ def test_a_missing_directory_is_one_clear_sentence(tmp_path):
         SqlMetadataStore(tmp_path / "missing" / "ledger.sqlite")
 
 
+@pytest.mark.parametrize("statement", ILLEGAL)
+def test_the_schema_itself_refuses(store, statement):
+    fill(store)
+    with pytest.raises(InvalidTransition, match="the ledger refused"):
+        execute(store, statement)
+
+
 @pytest.mark.parametrize(
-    "statement",
-    [
-        "INSERT INTO slots (slot, idx, generation) VALUES (0, 0, 1)",
-        "INSERT INTO acks (slot, step) VALUES (0, 2)",
-        "INSERT INTO acks (slot, step) VALUES (7, 2)",
-        "UPDATE acks SET step = NULL",
-        "UPDATE acks SET step = 0",
-        "UPDATE samples SET generation = 0 WHERE idx = 0",
-        "UPDATE samples SET num_failures = -1 WHERE idx = 0",
-        "UPDATE samples SET state = 'odd' WHERE idx = 3",
-        "UPDATE samples SET state = 'committed' WHERE idx = 3",
-        "UPDATE samples SET state = 'quarantined' WHERE idx = 3",
-        "INSERT INTO samples (idx, state, generation, num_failures) VALUES (0, 'pending', 5, 0)",
-        "INSERT INTO tasks (idx, sample_id, body) VALUES (9, 's0', '')",
-        "DELETE FROM slots",
-    ],
+    ("statement", "index"),
+    [(statements.CRASHED, "samples_crashed"), (statements.NUM_OPEN_QUARANTINES, "quarantines_open")],
 )
-def test_the_schema_itself_refuses(store, path, statement):
-    train_two(store)
-    db = sqlite3.connect(path)
-    db.execute("PRAGMA foreign_keys=ON")
-    with pytest.raises(sqlite3.IntegrityError):
-        db.execute(statement)
-    db.close()
+def test_the_few_samples_of_interest_are_found_by_an_index(store, statement, index):
+    def plan():
+        connection = store.database.connection
+        text = statement.compile(connection, compile_kwargs={"literal_binds": True}, dialect=connection.dialect)
+        return connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}").all()
 
-
-def test_a_database_that_cannot_grow_is_a_clear_error_and_changes_nothing(store, path):
-    pages = store._connection.exec_driver_sql("PRAGMA page_count").scalar()
-    store._connection.rollback()
-    store._connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
-    store._connection.commit()
-    with pytest.raises(ControlPlaneError, match="check free space"):
-        store.register([make_task(i, num_tokens=500) for i in range(4, 200)])
-    assert store.num_tasks() == 4
-    store._connection.exec_driver_sql("PRAGMA max_page_count=1000000")
-    store._connection.commit()
-    store.register([make_task(i, num_tokens=500) for i in range(4, 200)])
-    assert store.num_tasks() == 200
+    statement = statement.params(at_least=2) if statement is statements.CRASHED else statement
+    (row,) = store.transact(plan)
+    assert index in row.detail
 
 
 def test_commits_are_flushed_to_the_disk(store):
-    with store._connection.begin():
-        assert store._connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
-        assert store._connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+    def read(name):
+        return store.transact(lambda: store.database.connection.exec_driver_sql(f"PRAGMA {name}").scalar())
+
+    assert (read("synchronous"), read("journal_mode"), read("foreign_keys")) == (2, "wal", 1)
 
 
 def test_status_reads_the_ledger_of_a_live_run(store, path):
     train_two(store)
-    summary = ledger_summary(path)
+    summary = read_counts(path)
     assert summary["num_slots_trained"] == summary["num_unique_samples_trained"] == 2
     store.close()
-    assert ledger_summary(path)["num_committed"] == 2
+    assert read_counts(path)["num_committed"] == 2
     with pytest.raises(ConfigError, match="no such file"):
-        ledger_summary(path.with_name("other"))
+        read_counts(path.with_name("other"))
 
 
 def test_a_read_only_ledger_cannot_be_changed(store, path):
@@ -208,6 +201,39 @@ def test_a_read_only_ledger_cannot_be_changed(store, path):
     with pytest.raises(ControlPlaneError):
         reader.lease([0], "w0")
     reader.close()
+
+
+def test_a_failed_register_of_many_parts_leaves_none_of_them(store):
+    tasks = [make_task(i, num_tokens=2) for i in range(4, 2504)]
+    with pytest.raises(Exception, match="expected prompt index"):
+        store.register([*tasks, make_task(9999)])
+    assert store.num_tasks() == 4
+
+
+def test_a_closed_ledger_opens_again_only_by_opening_it(store, path):
+    store.close()
+    store.close()
+    with pytest.raises(ControlPlaneError, match="is closed"):
+        store.num_tasks()
+
+
+def test_the_mode_decides_the_ledger(path):
+    assert isinstance(open_metadata_store(DeploymentMode.LOCAL_COLOCATED), NoOpMetadataStore)
+    assert not isinstance(open_metadata_store(DeploymentMode.DATAFLOW_COLOCATED), NoOpMetadataStore)
+    with pytest.raises(ConfigError, match="give the path of a file or the URL"):
+        open_metadata_store(DeploymentMode.DISAGGREGATED)
+    with contextlib.closing(open_metadata_store(DeploymentMode.DISAGGREGATED, path)) as store:
+        assert store.durable
+
+
+def test_a_quarantine_survives_a_restart(store, path):
+    store.quarantine(1, 5, "poison")
+    store.retry(1, 9)
+    store.quarantine(1, 13, "again")
+    store.close()
+    with contextlib.closing(SqlMetadataStore(path)) as again:
+        assert again.quarantines() == [Quarantine(1, 5, 9, "poison"), Quarantine(1, 13, None, "again")]
+        assert again.sample(1).state is SampleState.QUARANTINED
 
 
 def test_noop_keeps_nothing_of_what_is_done():
@@ -235,6 +261,7 @@ def test_control_plane_imports_no_tensor_library():
         "channel.queue",
         "metadata.memory",
         "metadata.noop",
+        "metadata.postgres",
         "metadata.sql",
     ]
     program = "import sys\n" + "".join(f"import specforge.control_plane.{name}\n" for name in modules)

@@ -1,17 +1,20 @@
-"""Both carriers against the suite, what the file carrier adds, and the queues."""
+"""Every carrier against the suite, what the file and the network add, and the queues."""
 
 import json
 import stat
 import threading
 
 import pytest
+from served import Served
 
 from specforge.contracts import codec
 from specforge.contracts.refs import Slot
 from specforge.control_plane.channel.file import FileRefReader, FileRefWriter
 from specforge.control_plane.channel.memory import memory_channel
+from specforge.control_plane.channel.network import NetworkRefReader, RefStream
 from specforge.control_plane.channel.queue import SampleRefQueue, StreamingRefQueue
-from specforge.errors import ChannelClosed, ControlPlaneError, InvalidTransition, ProducerFailed
+from specforge.control_plane.wire import PollBody
+from specforge.errors import ChannelClosed, ConfigError, ControlPlaneError, InvalidTransition, ProducerFailed
 from specforge.testing.ref_channel import RefChannelSuite, make_slot_ref
 
 
@@ -29,7 +32,117 @@ class TestFileChannel(RefChannelSuite):
         return FileRefWriter(self.path), FileRefReader(self.path, poll_interval_s=0.005)
 
 
+@pytest.fixture
+def served():
+    served = Served(consumers=["rank 0", "rank 1"])
+    yield served
+    served.close()
+
+
+class TestNetworkChannel(RefChannelSuite):
+    @pytest.fixture(autouse=True)
+    def _server(self):
+        self.served = Served(consumers=["rank 0"])
+        yield
+        self.served.close()
+
+    def make_channel(self):
+        return self.served.stream, NetworkRefReader(self.served.client, "rank 0")
+
+
 REFS = [make_slot_ref(i) for i in range(6)]
+
+
+def test_every_consumer_sees_the_whole_stream_and_the_slowest_counts(served):
+    readers = [NetworkRefReader(served.client, f"rank {i}") for i in range(2)]
+    served.stream.publish(REFS[:4])
+    assert readers[0].poll(9) == REFS[:4]
+    readers[0].mark_consumed(4)
+    assert served.stream.in_flight() == 4
+    assert readers[1].poll(1) == REFS[:1]
+    readers[1].mark_consumed(1)
+    assert served.stream.in_flight() == 3
+    served.stream.publish(REFS[4:])
+    served.stream.close()
+    assert [list(reader.stream()) for reader in readers] == [REFS[4:], REFS[1:]]
+    assert all(reader.ended for reader in readers)
+    readers[1].mark_consumed(5)
+    assert served.stream.in_flight() == 2
+
+
+def test_a_new_reader_begins_with_what_was_not_consumed(served):
+    reader = NetworkRefReader(served.client, "rank 0")
+    served.stream.publish(REFS)
+    assert reader.poll(4) == REFS[:4]
+    reader.mark_consumed(2)
+    again = NetworkRefReader(served.client, "rank 0")
+    assert again.poll(9) == REFS[2:]
+    again.mark_consumed(4)
+    NetworkRefReader(served.client, "rank 1").poll(9)
+    served.client.consume_refs("rank 1", served.stream.stream_id, 6)
+    assert served.stream.in_flight() == 0
+
+
+def test_a_poll_or_mark_that_comes_again_changes_nothing(served):
+    served.stream.publish(REFS[:4])
+    body = PollBody("rank 0", served.stream.stream_id, 1, 2, 0.0)
+    assert [served.client.poll_refs(body).refs for _ in range(2)] == [tuple(REFS[1:3])] * 2
+    for num_refs in (3, 3, 2):
+        for consumer in ("rank 0", "rank 1"):
+            served.client.consume_refs(consumer, served.stream.stream_id, num_refs)
+    assert served.stream.in_flight() == 1
+
+
+def test_the_reader_of_a_controller_that_was_started_again_is_told(served):
+    reader = NetworkRefReader(served.client, "rank 0")
+    served.stream.publish(REFS[:2])
+    reader.poll(1)
+    served.server.stop()
+    served.options["stream"] = RefStream(["rank 0"])
+    served.options["stream"].publish(REFS)
+    served.restart()
+    for ask in (lambda: reader.poll(1), lambda: reader.mark_consumed(1)):
+        with pytest.raises(ControlPlaneError, match="started again"):
+            ask()
+
+
+def test_wrong_consumers_and_positions_are_refused(served):
+    served.stream.publish(REFS[:2])
+    stream_id = served.stream.stream_id
+    with pytest.raises(ControlPlaneError, match=r"'rank 0', 'rank 1', got 'rank 2'"):
+        NetworkRefReader(served.client, "rank 2").poll(1, 0.0)
+    with pytest.raises(ControlPlaneError, match="3 refs of 2 that were published"):
+        served.client.consume_refs("rank 0", stream_id, 3)
+    with pytest.raises(ControlPlaneError, match="asks for ref 3"):
+        served.client.poll_refs(PollBody("rank 0", stream_id, 3, 1, 0.0))
+    served.client.consume_refs("rank 0", stream_id, 2)
+    with pytest.raises(ControlPlaneError, match="each consumer has one reader"):
+        served.client.poll_refs(PollBody("rank 0", stream_id, 1, 1, 0.0))
+    with pytest.raises(ControlPlaneError, match="before any was polled"):
+        NetworkRefReader(served.client, "rank 0").mark_consumed(1)
+    for consumers in ([], ["rank 0", "rank 0"]):
+        with pytest.raises(ConfigError, match="consumers"):
+            RefStream(consumers)
+
+
+def test_a_run_without_a_stream_says_so():
+    served = Served()
+    with pytest.raises(ControlPlaneError, match="streams no refs over the network"):
+        NetworkRefReader(served.client, "rank 0").poll(1, 0.0)
+    served.close()
+
+
+@pytest.mark.parametrize("published", [0, 3])
+def test_silence_on_an_open_stream_is_an_error_that_says_what_to_check(published):
+    writer, reader = memory_channel()
+    queue = StreamingRefQueue(reader, idle_timeout_s=0.05)
+    writer.publish(REFS[:published])
+    with pytest.raises(ControlPlaneError, match=rf"silent: {4 - published} more slots.*0\.05 s.*workers"):
+        queue.get(4)
+    writer.publish(REFS[published:4])
+    assert queue.get(4) == REFS[:4]
+    writer.close()
+    assert queue.get(4) == []
 
 
 def test_a_torn_line_is_not_read_until_it_is_whole(tmp_path):

@@ -1,4 +1,4 @@
-"""The order of samples, and the policy that grants captures."""
+"""The order of samples: a pure function of the seed."""
 
 import subprocess
 import sys
@@ -6,9 +6,8 @@ import sys
 import pytest
 
 from specforge.contracts.refs import Slot
-from specforge.control_plane.backpressure import Credits
 from specforge.control_plane.prompts import SampleOrder
-from specforge.errors import ConfigError
+from specforge.errors import ConfigError, ContractError
 
 
 def test_every_epoch_holds_every_sample_once():
@@ -23,6 +22,12 @@ def test_slots_are_numbered_epoch_after_epoch():
     order = SampleOrder(num_samples=5, num_epochs=2, seed=0)
     assert order.slot(7) == Slot(1, 2)
     assert [order.linear(order.slot(s)) for s in range(order.total)] == list(range(10))
+
+
+def test_a_slot_of_another_run_is_refused():
+    order = SampleOrder(num_samples=5, num_epochs=2, seed=0)
+    with pytest.raises(ContractError, match="5 samples an epoch"):
+        order.linear(Slot(0, 5))
 
 
 def test_without_shuffle_the_order_is_that_of_the_prompts():
@@ -45,16 +50,3 @@ def test_the_order_depends_on_the_seed_and_on_no_process():
 def test_an_empty_run_is_refused():
     with pytest.raises(ConfigError, match="got 0 samples"):
         SampleOrder(num_samples=0, num_epochs=1, seed=0)
-
-
-def test_bytes_hold_back_captures_but_never_those_of_the_next_step():
-    limits = Credits(window_slots=8, step_slots=2, max_resident_bytes=100)
-    assert limits.grants(slot=5, first_open=0, resident_bytes=60, estimated_bytes=40)
-    assert not limits.grants(slot=5, first_open=0, resident_bytes=61, estimated_bytes=40)
-    assert limits.grants(slot=1, first_open=0, resident_bytes=1000, estimated_bytes=40)
-    assert limits.window_end(first_open=4, total=10) == 10
-
-
-def test_a_window_smaller_than_a_step_is_refused():
-    with pytest.raises(ConfigError, match="raise it to 4"):
-        Credits(window_slots=3, step_slots=4, max_resident_bytes=None)

@@ -9,7 +9,10 @@ from specforge.data_plane.loader import FeatureDataLoader, LoaderSettings
 from specforge.data_plane.local import LocalFeatureStore
 from specforge.errors import ContractError, FeatureNotFound
 
-SETTINGS = LoaderSettings(global_batch_size=4, max_tokens=8, capture_fingerprint="capture", target_revision="target")
+SETTINGS = LoaderSettings(
+    global_batch_size=4, max_tokens=8, num_samples=100, capture_fingerprint="capture", target_revision="target"
+)
+LENGTHS = [3, 5, 4, 2, 6, 1, 8, 7, 2, 3, 3, 1, 8, 4, 5, 2, 2, 6, 1, 7, 3]
 
 
 class ListedRefs:
@@ -88,16 +91,55 @@ def test_claims_end_with_the_packing_and_batches_own_their_bytes():
     assert torch.equal(batch.features["aux"], copied)
 
 
-def test_ranks_part_each_step_and_run_alike():
+@pytest.mark.parametrize("world_size", range(1, 6))
+@pytest.mark.parametrize("num_items", [21, 17])
+def test_ranks_part_each_step_by_position_and_run_alike(world_size, num_items):
+    # The last of the steps has 1 slot: fewer than there are ranks, but for one.
     store = LocalFeatureStore()
-    items = put_samples(store, [8, 1, 8, 1, 8, 1, 3])
-    steps = [list(load(items, store, rank=rank, world_size=2)) for rank in range(2)]
-    for one, other in zip(*steps, strict=True):
-        assert one.slots == other.slots
-        assert len(one.micro_batches) == len(other.micro_batches)
-        seen = sorted(slot for step in (one, other) for batch in step.micro_batches for slot in batch.slots)
-        assert tuple(seen) == one.slots
-    assert [len(step.slots) for step in steps[0]] == [4, 3]
+    items = put_samples(store, LENGTHS[:num_items])
+    ranks = [list(load(items, store, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert [len(step.slots) for step in ranks[0]] == [4] * (num_items // 4) + [1]
+    for parts in zip(*ranks, strict=True):
+        [slots], [num_slots] = {part.slots for part in parts}, {part.num_slots for part in parts}
+        assert num_slots == slots[-1].position + 1
+        [num_micro_batches] = {len(part.micro_batches) for part in parts}
+        assert any(part.micro_batches[-1].slots for part in parts), "no rank needs the last micro-batch"
+        for rank, part in enumerate(parts):
+            mine = sorted(slot for batch in part.micro_batches for slot in batch.slots)
+            assert tuple(mine) == slots[rank::world_size]
+            assert len(part.micro_batches) == num_micro_batches >= 1
+            for batch in part.micro_batches:
+                assert len(batch.input_ids) == sum(batch.lengths) == batch.features["aux"].shape[0]
+
+
+def trained_slots(items, store, settings, num_steps):
+    """Slots that the ranks together train in up to ``num_steps`` steps, and the position after them."""
+    world_size, position = settings["world_size"], settings["start_slot"]
+    loaders = [load(items, store, rank=rank, **settings) for rank in range(world_size)]
+    slots = []
+    for _ in range(num_steps):
+        parts = [next(loader, None) for loader in loaders]
+        if parts[0] is None:
+            break
+        slots += sorted(slot for part in parts for batch in part.micro_batches for slot in batch.slots)
+        [position] = {part.num_slots for part in parts}
+    return slots, position
+
+
+@pytest.mark.parametrize("after", range(1, 6))
+@pytest.mark.parametrize("world_size", range(1, 6))
+def test_stopping_after_any_step_and_resuming_at_another_world_size_skips_and_repeats_nothing(world_size, after):
+    store = LocalFeatureStore()
+    numbers = [number for number in range(30) if number % 7 != 3][: len(LENGTHS)]
+    items = at_slots(put_samples(store, LENGTHS), numbers)
+    common = {"num_samples": 10, "global_batch_size": 5}
+    first, position = trained_slots(items, store, common | {"world_size": world_size, "start_slot": 0}, after)
+    left = [item for item, number in zip(items, numbers, strict=True) if number >= position]
+    for resumed_size in range(1, 6):
+        settings = common | {"world_size": resumed_size, "start_slot": position}
+        second, end = trained_slots(left, store, settings, len(items))
+        assert first + second == [item.slot for item in items]
+        assert end == numbers[-1] + 1
 
 
 def test_empty_micro_batch_has_the_widths_of_the_window():
@@ -136,6 +178,45 @@ def test_source_that_starts_at_the_checkpoint_loses_no_slot():
     resumed = load(items[4:], store, start_slot=4)
     resumed.load_state_dict({"num_slots": 4})
     assert [step.slots for step in resumed] == [(Slot(0, 4),)]
+
+
+def at_slots(items, numbers, num_samples=10):
+    return [SlotRef(Slot(*divmod(number, num_samples)), item.ref) for item, number in zip(items, numbers, strict=True)]
+
+
+def test_position_of_a_step_covers_the_skipped_slots_of_all_epochs():
+    store = LocalFeatureStore()
+    items = at_slots(put_samples(store, [1] * 8), [0, 1, 3, 7, 9, 10, 14, 19])
+    steps = list(load(items, store, global_batch_size=3, num_samples=10))
+    assert [step.num_slots for step in steps] == [4, 11, 20]
+
+
+def test_position_in_the_order_of_arrival_counts_slots():
+    store = LocalFeatureStore()
+    items = at_slots(put_samples(store, [1] * 7), [3, 1, 0, 9, 14, 2, 30])
+    loader = load(items, store, global_batch_size=3, num_samples=10, in_order=False, start_slot=40)
+    assert [step.num_slots for step in loader] == [43, 46, 47]
+
+
+@pytest.mark.parametrize("numbers", [[0, 2, 1], [0, 1, 1], [4, 5, 6]])
+def test_source_that_goes_back_or_repeats_is_refused_in_strict_order(numbers):
+    store = LocalFeatureStore()
+    loader = load(
+        at_slots(put_samples(store, [1] * 3), numbers), store, num_samples=10, start_slot=5 * (numbers[0] == 4)
+    )
+    with pytest.raises(ContractError, match="strict order"):
+        next(loader)
+
+
+@pytest.mark.parametrize("num_slots", range(21))
+def test_seek_over_skipped_slots_ends_exactly_there(num_slots):
+    store = LocalFeatureStore()
+    numbers = [0, 1, 3, 7, 9, 10, 14, 19, 20, 24]
+    loader = load(at_slots(put_samples(store, [1] * 10), numbers), store, global_batch_size=3, num_samples=10)
+    loader.seek(num_slots)
+    assert loader.state_dict() == {"num_slots": num_slots}
+    read = [10 * slot.epoch + slot.position for step in loader for slot in step.slots]
+    assert read == [number for number in numbers if number >= num_slots]
 
 
 def test_bad_state_is_refused():

@@ -45,3 +45,14 @@ def test_every_rank_runs_as_many_micro_batches_as_the_busiest():
     assert plans == [[[0], [2], [4]], [[1, 3, 5], [], []]]
     assert equalise([]) == 1
     assert plan_rank([5], 10, 1, 2) == [[]]
+
+
+@pytest.mark.parametrize("world_size", range(1, 6))
+def test_ranks_run_alike_and_share_by_position_for_any_lengths(world_size):
+    draw = random.Random(world_size)
+    for num_samples in range(12):
+        lengths = [draw.randrange(1, 30) for _ in range(num_samples)]
+        plans = [plan_rank(lengths, 32, rank, world_size) for rank in range(world_size)]
+        assert len({len(plan) for plan in plans}) == 1
+        for rank, plan in enumerate(plans):
+            assert sorted(index for bins in plan for index in bins) == list(range(rank, num_samples, world_size))

@@ -11,6 +11,7 @@ from specforge.control_plane.base import CommitReply, Lease, LeaseReply
 from specforge.data_plane.base import PutRequest, StoredFeatures
 from specforge.data_plane.local import LocalFeatureStore
 from specforge.errors import ControlPlaneError, EngineError, FeatureStoreError, FeatureStoreFull
+from specforge.faults import FAULT_POINTS, arm, disarm
 from specforge.inference.engine import CapturedSample
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.rollout import RolloutSettings, RolloutWorker
@@ -27,7 +28,7 @@ class RecordingControl:
         self.stale = set(stale)
         self.committed: list[SampleRef] = []
         self.failed: dict[str, str] = {}
-        self.abandoned: list[str] = []
+        self.left: list[str | None] = []
         self.num_heartbeats = 0
 
     def lease(self, worker_id: str, max_tasks: int, timeout_s: float) -> LeaseReply:
@@ -44,14 +45,14 @@ class RecordingControl:
     def heartbeat(self, worker_id: str) -> None:
         self.num_heartbeats += 1
 
-    def abandon(self, worker_id: str, reason: str) -> None:
-        self.abandoned.append(reason)
+    def leave(self, worker_id: str, reason: str | None) -> None:
+        self.left.append(reason)
 
 
 class FailingEngine:
     """The real engine, except that it raises, or damages features, at one sample."""
 
-    def __init__(self, engine: HFTargetEngine, sample_id: str, error: Exception | None) -> None:
+    def __init__(self, engine: HFTargetEngine, sample_id: str, error: BaseException | None) -> None:
         self.info = engine.info
         self._engine, self._sample_id, self._error = engine, sample_id, error
 
@@ -90,7 +91,7 @@ def test_every_task_is_captured_put_and_committed(engine: HFTargetEngine):
         assert all(torch.equal(stored[name], tensor) for name, tensor in expected.tensors.items())
         store.release([handle])
     assert not control.failed
-    assert not control.abandoned
+    assert not control.left
 
 
 def test_run_once_says_whether_more_may_come(engine: HFTargetEngine):
@@ -113,7 +114,7 @@ def test_failing_prompt_is_reported_and_the_worker_goes_on(engine: HFTargetEngin
     assert list(control.failed) == ["s1"]
     assert "odd prompt" in control.failed["s1"]
     assert "Traceback" in control.failed["s1"]
-    assert not control.abandoned
+    assert not control.left
 
 
 def test_prompt_outside_the_vocabulary_fails_alone(engine: HFTargetEngine):
@@ -132,13 +133,14 @@ def test_damaged_features_are_never_stored(engine: HFTargetEngine):
     assert store.health().num_samples == 1
 
 
-def test_broken_engine_abandons_the_run_and_leaves_nothing_behind(engine: HFTargetEngine):
+def test_a_worker_whose_engine_broke_leaves_with_the_reason_and_nothing_behind(engine: HFTargetEngine):
     control, store = RecordingControl(tasks(2)), LocalFeatureStore()
     worker = RolloutWorker(control, FailingEngine(engine, "s1", EngineError("gone")), store, settings())
     with pytest.raises(EngineError, match="gone"):
         worker.run()
-    assert len(control.abandoned) == 1
-    assert "gone" in control.abandoned[0]
+    (reason,) = control.left
+    assert reason is not None
+    assert "gone" in reason
     assert not control.committed
     assert not control.failed
     assert store.health().num_samples == 0
@@ -153,7 +155,7 @@ def test_unreachable_control_plane_is_raised_as_it_is(engine: HFTargetEngine):
     worker = RolloutWorker(control, FailingEngine(engine, "s0", RuntimeError("x")), LocalFeatureStore(), settings())
     with pytest.raises(ControlPlaneError, match="no answer"):
         worker.run()
-    assert not control.abandoned
+    assert not control.left
 
 
 def test_worker_waits_for_room_in_a_full_store(engine: HFTargetEngine):
@@ -182,13 +184,13 @@ def test_worker_waits_for_room_in_a_full_store(engine: HFTargetEngine):
     assert [ref.sample_id for ref in control.committed] == ["s0", "s1", "s2"]
 
 
-def test_store_that_stays_full_ends_the_run(engine: HFTargetEngine):
+def test_a_worker_whose_store_stays_full_leaves(engine: HFTargetEngine):
     store = LocalFeatureStore(capacity_bytes=stored_bytes(engine, tasks(1)[0]))
     control = RecordingControl([PromptTask(f"s{i}", i, tuple(range(3, 8)), ()) for i in range(2)])
     worker = RolloutWorker(control, engine, store, settings(max_tasks=1, store_wait_s=0.05))
     with pytest.raises(FeatureStoreError, match="stayed full"):
         worker.run()
-    assert len(control.abandoned) == 1
+    assert len(control.left) == 1
 
 
 def test_sample_larger_than_the_store_fails_alone(engine: HFTargetEngine):
@@ -211,3 +213,60 @@ def test_stopped_worker_leases_nothing_more(engine: HFTargetEngine):
     worker.stop()
     worker.run()
     assert len(control.waiting) == 4
+
+
+class ToldToStop(BaseException):
+    """What a signal handler raises in the main thread."""
+
+
+def test_a_worker_told_to_stop_gives_back_its_leases_and_frees_what_it_had_put(engine: HFTargetEngine):
+    control, store = RecordingControl(tasks(2)), LocalFeatureStore()
+    worker = RolloutWorker(control, FailingEngine(engine, "s1", ToldToStop()), store, settings())
+    with pytest.raises(ToldToStop):
+        worker.run()
+    assert control.left == [None]
+    assert not control.committed
+    assert not control.failed
+    assert store.health().num_samples == 0
+
+
+def test_a_worker_stopped_between_two_captures_commits_the_first_and_gives_back_the_second(engine: HFTargetEngine):
+    class StoppedBy(RecordingControl):
+        def heartbeat(self, worker_id: str) -> None:
+            worker.stop()
+
+    control, store = StoppedBy(tasks(3), duration_s=1e-6), LocalFeatureStore()
+    worker = RolloutWorker(control, engine, store, settings(max_tasks=3))
+    worker.run()
+    assert control.left == [None]
+    assert len(control.committed) == store.health().num_samples < 3
+
+
+def test_a_worker_that_leaves_does_not_wait_for_a_control_plane_that_is_away(engine: HFTargetEngine):
+    answer = threading.Event()
+
+    class Away(RecordingControl):
+        def leave(self, worker_id: str, reason: str | None) -> None:
+            answer.wait()
+
+    worker = RolloutWorker(
+        Away(tasks(1)), FailingEngine(engine, "s0", EngineError("gone")), LocalFeatureStore(), settings()
+    )
+    with pytest.raises(EngineError, match="gone"):  # never, if it waited
+        worker.run()
+    assert not answer.is_set()
+    answer.set()
+
+
+def test_a_worker_passes_its_fault_points_in_the_order_of_the_life_of_a_sample(engine: HFTargetEngine):
+    passed: list[str] = []
+    names = [name for name in FAULT_POINTS if name.startswith("worker.")]
+    try:
+        for name in names:
+            arm(name, lambda name=name: passed.append(name))
+        RolloutWorker(RecordingControl(tasks(1)), engine, LocalFeatureStore(), settings()).run()
+    finally:
+        disarm()
+    assert passed == names
+    RolloutWorker(RecordingControl(tasks(1)), engine, LocalFeatureStore(), settings()).run()
+    assert passed == names

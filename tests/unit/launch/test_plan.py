@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import ValidationError
 
 from specforge.config.run import RunConfig
 from specforge.contracts.capture import CaptureSpec, TargetInfo
@@ -35,7 +36,7 @@ MODELS = ModelFacts(target_bytes=16_400_000_000, draft_parameters=400_000_000)
 
 
 def config(**sections) -> RunConfig:
-    return RunConfig.model_validate({"run_dir": "run", "target": {"path": "t"}, "data": {"path": "d"}, **sections})
+    return RunConfig.model_validate({"run_dir": "run", "target": {"path": "t"}, "data": {"path": "d"}} | sections)
 
 
 def plan(facts: DataFacts = FACTS, **sections) -> Plan:
@@ -76,6 +77,79 @@ def test_an_arena_that_is_too_small_is_refused_with_the_number_that_would_do():
         plan(topology="disaggregated", data_plane={"store": store})
     enough = int(str(refused.value).split("set it to ")[1].split(" ")[0].replace(",", ""))
     plan(topology="disaggregated", data_plane={"store": {"kind": "shared_memory", "capacity_bytes": enough}})
+
+
+def test_every_capture_process_has_an_arena_that_holds_all_of_the_run():
+    one = plan(topology="disaggregated")
+    three = plan(topology="disaggregated", launch={"num_capture_workers": 3})
+    assert [process.name for process in three.processes] == ["train", "capture-0", "capture-1", "capture-2"]
+    assert three.store_capacity_bytes == one.store_capacity_bytes
+    assert {process.memory_bytes for process in three.processes[1:]} == {one.processes[1].memory_bytes}
+
+
+def test_features_that_wait_for_a_checkpoint_are_planned_for():
+    sections = {"topology": "disaggregated", "training": {"global_batch_size": 4, "checkpoint_every": 10}}
+    at_step = plan(**sections)
+    at_checkpoint = plan(**sections, control_plane={"release": "at_checkpoint"})
+    assert at_step.resident_bytes == at_checkpoint.resident_bytes
+    window, waiting = 4 * 4 * at_step.max_sample_bytes, 10 * 4 * at_step.max_sample_bytes
+    assert at_step.resident_bytes == {"at_step": window, "at_checkpoint": window + waiting}
+    assert at_step.window_bytes == at_checkpoint.window_bytes == window
+    # Capture that paused goes on below 80 % of the credits, whatever waits for the checkpoint.
+    assert at_checkpoint.store_capacity_bytes is not None
+    assert 0.8 * (0.75 * at_checkpoint.store_capacity_bytes - window) >= waiting
+
+
+def test_an_arena_that_cannot_wait_for_a_checkpoint_is_refused_with_the_number_that_would_do():
+    def sections(capacity: int) -> dict:
+        return {
+            "topology": "disaggregated",
+            "control_plane": {"release": "at_checkpoint"},
+            "data_plane": {"store": {"kind": "shared_memory", "capacity_bytes": capacity}},
+        }
+
+    with pytest.raises(ConfigError, match=r"release = at_checkpoint .* lower .*training\.checkpoint_every") as refused:
+        plan(**sections(plan(topology="disaggregated").store_capacity_bytes or 0))
+    enough = int(str(refused.value).split("set it to ")[1].split(" ")[0].replace(",", ""))
+    plan(**sections(enough))
+
+
+def test_each_run_has_a_schema_of_its_own_in_postgres():
+    ledger = {"kind": "postgres", "url": "postgresql://me@db.example:5432/runs"}
+    first = plan(topology="disaggregated", control_plane={"ledger": ledger})
+    other = plan(topology="disaggregated", run_dir="other", control_plane={"ledger": ledger})
+    named = plan(topology="disaggregated", control_plane={"ledger": {**ledger, "name": "mine"}})
+    assert (first.ledger, first.ledger_url, first.ledger_path) == ("postgres", ledger["url"], None)
+    assert first.ledger_name is not None
+    assert first.ledger_name.startswith("specforge_")
+    assert first.ledger_name != other.ledger_name
+    assert named.ledger_name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"control_plane": {"order": "arrival"}}, "one process captures in order anyway; use strict"),
+        ({"launch": {"num_capture_workers": 2}}, "one process captures and trains"),
+        (
+            {"topology": "disaggregated", "control_plane": {"order": "arrival", "ledger": {"kind": "memory"}}},
+            "forgets what was trained",
+        ),
+        ({"topology": "disaggregated", "control_plane": {"ledger": {"kind": "none"}}}, "cannot survive a lost process"),
+    ],
+)
+def test_parts_that_do_not_fit_the_topology_are_refused(sections, message):
+    with pytest.raises(ValidationError, match=message):
+        config(**sections)
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:hunter2@db/runs", "postgresql://me@db/runs?password=hunter2", "mysql://me:hunter2@db/runs"]
+)
+def test_a_password_in_the_address_of_the_ledger_is_refused_and_not_repeated(url):
+    with pytest.raises(ConfigError) as refused:
+        config(topology="disaggregated", control_plane={"ledger": {"kind": "postgres", "url": url}})
+    assert "hunter2" not in str(refused.value)
 
 
 def test_a_window_in_which_the_trainer_waits_for_itself_is_refused():

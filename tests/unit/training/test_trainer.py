@@ -1,5 +1,6 @@
 """The loop alone: a linear draft, batches made by hand, a recording ledger."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,17 @@ class Recorder:
     def __init__(self) -> None:
         self.acks: list[tuple[tuple[Slot, ...], int]] = []
         self.checkpoints: list[int] = []
+        self.calls: list[str] = []
 
     def ack(self, slots, step):
         self.acks.append((tuple(slots), step))
 
+    def checkpoint_state(self):
+        self.calls.append("checkpoint_state")
+        return {"quarantines": [{"index": len(self.acks), "to_slot": None}]}
+
     def checkpointed(self, step):
+        self.calls.append("checkpointed")
         self.checkpoints.append(step)
 
 
@@ -81,7 +88,8 @@ def steps(first: int, last: int, splits: int = 1):
     for step in range(first, last):
         x, mask = rows(step, 8)
         parts = zip(x.chunk(splits), mask.chunk(splits), strict=True)
-        yield StepBatches(tuple(batch_of(*part) for part in parts), (Slot(0, 2 * step), Slot(0, 2 * step + 1)))
+        slots = (Slot(0, 2 * step), Slot(0, 2 * step + 1))
+        yield StepBatches(tuple(batch_of(*part) for part in parts), slots, 2 * step + 2)
 
 
 def make(directory: Path, identity: dict | None = None, total_steps: int = 10):
@@ -96,7 +104,7 @@ def make(directory: Path, identity: dict | None = None, total_steps: int = 10):
         ),
         MasterOptimizer(dict(draft.named_parameters()), OptimizerSettings()),
         Schedule("cosine", 1e-2, total_steps=10),
-        TrainerSettings(total_steps=total_steps, checkpoint_every=4, seed=0, num_samples=100),
+        TrainerSettings(total_steps=total_steps, checkpoint_every=4, seed=0),
         Checkpointer(directory),
         ledger,
         lambda step, scalars: log.append((step, scalars)),
@@ -113,12 +121,32 @@ def test_every_step_is_acked_once_with_its_number_and_checkpoints_are_announced(
     assert [step for step, _ in log] == list(range(1, 11))
 
 
-def test_the_position_counts_the_slots_that_were_skipped(tmp_path):
+def test_the_position_is_the_one_that_the_batches_carry(tmp_path):
     trainer, *_ = make(tmp_path, total_steps=2)
-    ((first,), (second,)) = (tuple(steps(step, step + 1)) for step in range(2))
-    trainer.fit([StepBatches(first.micro_batches, (Slot(0, 97), Slot(0, 99))),
-                 StepBatches(second.micro_batches, (Slot(1, 0), Slot(1, 3)))])  # fmt: skip
+    [first, second] = steps(0, 2)
+    trainer.fit([replace(first, num_slots=100), replace(second, num_slots=104)])
     assert trainer.position.num_slots == 104
+    assert Checkpointer(tmp_path).latest().position.num_slots == 104
+
+
+def test_a_checkpoint_keeps_what_the_ledger_said_before_it_was_written(tmp_path):
+    trainer, _, ledger, _ = make(tmp_path, total_steps=4)
+    trainer.fit(steps(0, 4))
+    assert ledger.calls == ["checkpoint_state", "checkpointed"]
+    assert Checkpointer(tmp_path).latest().ledger == {"quarantines": [{"index": 4, "to_slot": None}]}
+
+
+def test_a_checkpoint_without_the_ledgers_state_is_not_written(tmp_path):
+    trainer, _, ledger, _ = make(tmp_path, total_steps=4)
+
+    def fails():
+        raise ConnectionError("the ledger is away")
+
+    ledger.checkpoint_state = fails
+    with pytest.raises(ConnectionError):
+        trainer.fit(steps(0, 4))
+    assert list_checkpoints(tmp_path) == []
+    assert ledger.checkpoints == []
 
 
 def test_the_update_does_not_depend_on_how_rows_are_split_into_micro_batches(tmp_path):
@@ -172,7 +200,7 @@ def test_training_ends_at_the_last_step_although_batches_go_on(tmp_path):
 def test_non_finite_features_leave_the_weights_finite_and_are_counted(tmp_path):
     trainer, draft, _, log = make(tmp_path)
     poisoned = StepBatches(
-        (batch_of(torch.full((2, 4), float("nan")), torch.ones(2, dtype=torch.bool)),), (Slot(0, 0),)
+        (batch_of(torch.full((2, 4), float("nan")), torch.ones(2, dtype=torch.bool)),), (Slot(0, 0),), 1
     )
     trainer.fit([*steps(0, 2), poisoned, *steps(2, 4)])
     assert torch.isfinite(draft.fc.weight).all()
@@ -183,7 +211,7 @@ def test_non_finite_features_leave_the_weights_finite_and_are_counted(tmp_path):
 def test_a_step_without_supervised_rows_is_consumed_without_an_update(tmp_path):
     trainer, draft, ledger, _ = make(tmp_path)
     before = draft.fc.weight.detach().clone()
-    trainer.fit([StepBatches((batch_of(rows(0, 3)[0], torch.zeros(3, dtype=torch.bool)),), (Slot(0, 0),))])
+    trainer.fit([StepBatches((batch_of(rows(0, 3)[0], torch.zeros(3, dtype=torch.bool)),), (Slot(0, 0),), 1)])
     assert torch.equal(before, draft.fc.weight)
     assert [step for _, step in ledger.acks] == [1]
 

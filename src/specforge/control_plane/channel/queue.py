@@ -9,33 +9,38 @@ from collections.abc import Callable, Iterable, Sequence
 
 from specforge.contracts.refs import Slot, SlotRef
 from specforge.control_plane.channel.base import RefReader
-from specforge.errors import ChannelClosed, InvalidTransition
+from specforge.errors import ChannelClosed, ControlPlaneError, InvalidTransition
 
 
 class StreamingRefQueue:
     """What the loader reads from. ``skip_ids``: slots that a restarted consumer trained before and must not see again.
 
+    ``idle_timeout_s``: a stream that is open and gives nothing for that long is an error, ``None`` waits for ever.
     One thread gets; ``ack`` and ``fail`` may come from another one.
     """
 
-    def __init__(self, reader: RefReader, skip_ids: frozenset[Slot] = frozenset()) -> None:
+    def __init__(
+        self, reader: RefReader, skip_ids: frozenset[Slot] = frozenset(), idle_timeout_s: float | None = None
+    ) -> None:
         self._reader = reader
         self._skip_ids = skip_ids
+        self._idle_timeout_s = idle_timeout_s
         self._lock = threading.Lock()
         self._returned: deque[SlotRef] = deque()
 
     def get(self, max_slots: int) -> list[SlotRef]:
         """Blocks until exactly ``max_slots`` slots are there, or the stream ended: then the rest, [] at the end.
 
-        Raises ``ProducerFailed``.
+        Raises ``ProducerFailed``, and ``ControlPlaneError`` when nothing came for ``idle_timeout_s``.
         """
         with self._lock:
             taken = [self._returned.popleft() for _ in range(min(max_slots, len(self._returned)))]
         try:
             while len(taken) < max_slots:
-                refs = self._reader.poll(max_slots - len(taken))
+                refs = self._reader.poll(max_slots - len(taken), self._idle_timeout_s)
                 if not refs and self._reader.ended:
                     break
+                self._check_silence(refs, max_slots - len(taken))
                 wanted = [ref for ref in refs if ref.slot not in self._skip_ids]
                 if len(wanted) < len(refs):
                     self._reader.mark_consumed(len(refs) - len(wanted))
@@ -53,6 +58,15 @@ class StreamingRefQueue:
         """These slots were not used: the next ``get`` gives them again, first and in this order."""
         with self._lock:
             self._returned.extendleft(reversed(refs))
+
+    def _check_silence(self, refs: Sequence[SlotRef], num_missing: int) -> None:
+        if refs or self._idle_timeout_s is None:
+            return
+        raise ControlPlaneError(
+            f"the capture side is silent: {num_missing} more slots are needed, and for {self._idle_timeout_s:g} s none "
+            "came though the run is not over; check that the capture workers live and make progress (their logs, "
+            "num_leased in the summary of the control plane), or give them more time with control_plane.idle_timeout_s"
+        )
 
 
 class SampleRefQueue:

@@ -1,1 +1,1 @@
-"""The ledger: ``base`` (protocol, states), ``noop``, ``memory``, ``sql`` with its ``schema``."""
+"""The ledger: ``base`` (protocol, states), ``noop``, ``memory``, and ``sql`` over ``sqlite`` or ``postgres``."""

@@ -3,8 +3,11 @@
 Samples are named by prompt index, slots by their linear number. The life:
 
     sample   PENDING --lease--> LEASED --commit--> COMMITTED --release--> RELEASED --lease--> ...
-                ^---- requeue / fail ----+
-                +--quarantine--> QUARANTINED
+                ^                 |                    |
+                +- requeue, fail, +                    |
+                |  crash                               |
+                +------------------ lose --------------+
+                +--quarantine--> QUARANTINED --retry--> PENDING
     slot     OPEN --dispatch--> DISPATCHED --ack--> TRAINED --checkpointed--> DURABLE
 
 Each method is all or nothing. A broken precondition is an :class:`~specforge.errors.InvalidTransition` (unless the
@@ -16,10 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from specforge.contracts.refs import SampleRef
 from specforge.contracts.tasks import PromptTask
+
+ResultT = TypeVar("ResultT")
 
 
 class SampleState(StrEnum):
@@ -53,12 +58,50 @@ class Dispatch(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class LiveAttempt:
+    """An attempt that is LEASED (``worker_id``, no ref) or COMMITTED (``ref``, no worker)."""
+
+    attempt: Attempt
+    worker_id: str | None
+    ref: SampleRef | None
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """Sample ``index`` is skipped in its slots numbered ``[from_slot, to_slot)``; ``to_slot`` None: until retried."""
+
+    index: int
+    from_slot: int
+    to_slot: int | None
+    reason: str
+
+    def covers(self, slot: int) -> bool:
+        return self.from_slot <= slot and (self.to_slot is None or slot < self.to_slot)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """What a checkpoint covers: of a run in strict order the slots numbered below ``num_slots``, quarantined ones
+    excepted; with ``prefix`` False (arrival order) the slots whose ack has a step of at most ``step``, ``num_slots``
+    in number.
+    """
+
+    num_slots: int
+    step: int
+    prefix: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class SampleRecord:
-    """What the ledger says of one sample. ``ref`` only while COMMITTED; ``reason`` is the last failure, if any."""
+    """What the ledger says of one sample. ``ref`` only while COMMITTED; ``reason`` is the last failure, if any.
+
+    ``num_failures`` counts failures of the prompt itself, ``num_crashes`` workers that died holding it.
+    """
 
     state: SampleState
     generation: int
     num_failures: int
+    num_crashes: int
     ref: SampleRef | None
     reason: str | None
 
@@ -80,9 +123,19 @@ class LedgerCounts:
 
 
 class MetadataStore(Protocol):
-    """``durable``: what a method did is on disk when it returns."""
+    """``durable``: what a method did is on disk when it returns. ``keeps_history``: what is done is still known."""
 
     durable: bool
+    keeps_history: bool
+
+    def transact(self, work: Callable[[], ResultT]) -> ResultT:
+        """Run ``work``; the calls to this store inside it are one transaction, all or nothing where ``durable``.
+
+        ``work`` changes nothing but this store: it is run again when the database was away meanwhile. Calls may be
+        nested. Other threads wait. A call inside that is refused undoes the whole of a durable store's transaction,
+        even where ``work`` goes on.
+        """
+        ...
 
     # The run
 
@@ -103,7 +156,11 @@ class MetadataStore(Protocol):
         ...
 
     def tasks(self) -> Iterator[PromptTask]:
-        """The recorded prompts in index order; none from a store that keeps no history."""
+        """The recorded prompts in index order, read in parts; none from a store that keeps no history."""
+        ...
+
+    def tasks_at(self, indices: Sequence[int]) -> list[PromptTask]:
+        """The recorded prompts with these indices, in the order asked. Only of a store that keeps history."""
         ...
 
     def find(self, sample_id: str) -> int | None:
@@ -117,7 +174,17 @@ class MetadataStore(Protocol):
         ...
 
     def requeue(self, attempts: Sequence[Attempt]) -> None:
-        """LEASED with that generation -> PENDING: the lease expired, or its worker is gone."""
+        """LEASED with that generation -> PENDING, and nobody is to blame."""
+        ...
+
+    def crash(self, attempts: Sequence[Attempt]) -> list[int]:
+        """LEASED with that generation -> PENDING, one more crash: its worker died or fell silent. Answers how many
+        there are of each sample."""
+        ...
+
+    def crashed(self, at_least: int) -> dict[int, int]:
+        """Prompt index -> number of crashes, of the samples that have ``at_least`` (1 or more) and are not
+        quarantined. Costs as much as there are such samples."""
         ...
 
     def commit(self, refs: Sequence[tuple[int, SampleRef]]) -> list[bool]:
@@ -135,12 +202,26 @@ class MetadataStore(Protocol):
         """PENDING -> QUARANTINED: the slots of this sample numbered ``from_slot`` or higher are skipped."""
         ...
 
-    def quarantined(self) -> dict[int, int]:
-        """Quarantined prompt index -> the slot number from which it is skipped."""
+    def retry(self, index: int, to_slot: int) -> None:
+        """QUARANTINED -> PENDING: its slots below ``to_slot`` stay skipped (none, where that is not beyond the first).
+        Failures and crashes count from 0 again.
+        """
+        ...
+
+    def quarantines(self) -> list[Quarantine]:
+        """All of them, ended ones too, by ``from_slot``."""
         ...
 
     def release(self, attempts: Sequence[Attempt]) -> None:
         """COMMITTED with that generation -> RELEASED: the features are about to be freed."""
+        ...
+
+    def lose(self, attempts: Sequence[Attempt]) -> None:
+        """COMMITTED with that generation -> PENDING: the features are gone."""
+        ...
+
+    def in_flight(self) -> list[LiveAttempt]:
+        """Everything LEASED or COMMITTED, by prompt index."""
         ...
 
     # Slots
@@ -157,12 +238,14 @@ class MetadataStore(Protocol):
         """TRAINED at or before ``step`` -> DURABLE. An older step than before changes nothing."""
         ...
 
-    def rewind(self, num_slots: int, step: int, sample_of: Callable[[int], int]) -> None:
-        """Reconcile with the checkpoint of ``step``, which covers the slots numbered below ``num_slots``.
+    def rewind(self, to: Position, sample_of: Callable[[int], int], quarantines: Sequence[Quarantine]) -> None:
+        """Reconcile the slots with what a checkpoint covers; samples stay what they are.
 
-        Those become DURABLE at a step of at most ``step`` (also where the ledger had not heard of their training),
-        the rest OPEN. What was LEASED or COMMITTED becomes PENDING, its features being gone. ``sample_of`` gives
-        the prompt index of a slot number. Generations, failures and quarantines stay.
+        The covered slots become DURABLE at a step of at most ``to.step``, the others OPEN. In strict order that
+        includes slots of whose training the ledger had not heard; ``sample_of`` gives the prompt index of a slot
+        number. In arrival order the ledger must know all ``to.num_slots`` of them (``DataError``). ``quarantines``
+        are those of the checkpoint: entered where the ledger has none of that sample and slot, in which case the
+        sample becomes QUARANTINED if the quarantine is open. Where both have an open one, the ledger's stays.
         """
         ...
 
@@ -174,6 +257,14 @@ class MetadataStore(Protocol):
 
     def slot_step(self, slot: int) -> int | None:
         """The optimizer step that trained the slot, ``None`` while there is none (or it is no longer kept)."""
+        ...
+
+    def trained_from(self, slot: int) -> list[int]:
+        """The trained slots numbered ``slot`` or higher, ascending."""
+        ...
+
+    def first_untrained(self, sample_of: Callable[[int], int]) -> int:
+        """The smallest slot number that is neither trained nor skipped by a quarantine."""
         ...
 
     def counts(self) -> LedgerCounts: ...

@@ -1,467 +1,429 @@
-"""SqlMetadataStore: the ledger in a database. Every transition is one guarded statement, every call one transaction.
+"""SqlMetadataStore: the ledger in a database. Every transition is one guarded statement a table, in one transaction.
 
-The statements are SQLAlchemy Core and the invariants are in ``schema``, so a second dialect needs another
-``_open`` and nothing else. SQLite: write-ahead log, ``synchronous=FULL``, a 0600 file.
+The SQL is in ``statements``, the invariants are in ``schema``; ``database`` is the connection, which ``sqlite`` and
+``postgres`` open.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy import bindparam, func, select
 
 from specforge.contracts import codec
 from specforge.contracts.refs import SampleRef
 from specforge.contracts.tasks import PromptTask
-from specforge.control_plane.metadata import schema
+from specforge.control_plane.metadata import statements as sql
 from specforge.control_plane.metadata.base import (
     Attempt,
     Dispatch,
     LedgerCounts,
+    LiveAttempt,
+    Position,
+    Quarantine,
     SampleRecord,
     SampleState,
     SlotState,
 )
 from specforge.control_plane.metadata.checks import (
+    Skips,
     check_order_key,
+    check_position,
     check_same_task,
     check_step,
+    missing_quarantines,
     task_gap,
     unknown_sample,
 )
-from specforge.control_plane.metadata.schema import acks, run, samples, slots, tasks
-from specforge.errors import ConfigError, ControlPlaneError, DataError, InvalidTransition
+from specforge.control_plane.metadata.database import Database
+from specforge.control_plane.metadata.postgres import PostgresDatabase
+from specforge.control_plane.metadata.sqlite import SqliteDatabase
+from specforge.errors import DataError, InvalidTransition
 
-_MAGIC = b"SQLite format 3\0"
-_CHUNK = 1000
-"""Rows a statement where a call has no natural bound."""
+ParamsT = ParamSpec("ParamsT")
+ResultT = TypeVar("ResultT")
 
-_ATTEMPT = (samples.c.idx == bindparam("at_idx"), samples.c.generation == bindparam("at_generation"))
-# Spelled out, because an IN list cannot be executed for many rows at once.
-_LEASABLE = sa.or_(samples.c.state == SampleState.PENDING, samples.c.state == SampleState.RELEASED)
-_LEASE = (
-    samples.update()
-    .where(samples.c.idx == bindparam("at_idx"), _LEASABLE)
-    .values(state=SampleState.LEASED, generation=samples.c.generation + 1, worker_id=bindparam("to_worker"))
-)
-_REQUEUE = (
-    samples.update()
-    .where(*_ATTEMPT, samples.c.state == SampleState.LEASED)
-    .values(state=SampleState.PENDING, worker_id=None)
-)
-_COMMIT = (
-    samples.update()
-    .where(*_ATTEMPT, samples.c.state == SampleState.LEASED)
-    .values(state=SampleState.COMMITTED, worker_id=None, ref=bindparam("to_ref"))
-)
-_FAIL = (
-    samples.update()
-    .where(*_ATTEMPT, samples.c.state == SampleState.LEASED)
-    .values(
-        state=SampleState.PENDING,
-        worker_id=None,
-        num_failures=samples.c.num_failures + 1,
-        reason=bindparam("to_reason"),
-    )
-)
-_QUARANTINE = (
-    samples.update()
-    .where(samples.c.idx == bindparam("at_idx"), samples.c.state == SampleState.PENDING)
-    .values(
-        state=SampleState.QUARANTINED, reason=bindparam("to_reason"), quarantined_from=bindparam("to_quarantined_from")
-    )
-)
-_RELEASE = (
-    samples.update()
-    .where(*_ATTEMPT, samples.c.state == SampleState.COMMITTED)
-    .values(state=SampleState.RELEASED, ref=None)
-)
-# The SELECT gives no row, and so nothing is inserted, unless the sample is committed with that generation.
-_DISPATCH = slots.insert().from_select(
-    ["slot", "idx", "generation"],
-    select(sa.cast(bindparam("at_slot"), sa.Integer), samples.c.idx, samples.c.generation).where(
-        *_ATTEMPT, samples.c.state == SampleState.COMMITTED
-    ),
-)
-_ACK = acks.insert()
-_FORGET_IN_FLIGHT = (
-    samples.update()
-    .where(samples.c.state.in_((SampleState.LEASED, SampleState.COMMITTED)))
-    .values(state=SampleState.PENDING, worker_id=None, ref=None)
-)
+Rows = Sequence[Mapping[str, Any]]
+
+_SLOTS_READ = 20_000
+"""How many slots are looked at together where every one of a run is."""
+
+
+def _transaction(
+    *, writes: bool
+) -> Callable[
+    [Callable[Concatenate[SqlMetadataStore, ParamsT], ResultT]],
+    Callable[Concatenate[SqlMetadataStore, ParamsT], ResultT],
+]:
+    """The method is one transaction, or a part of the one around it."""
+
+    def wrap(
+        method: Callable[Concatenate[SqlMetadataStore, ParamsT], ResultT],
+    ) -> Callable[Concatenate[SqlMetadataStore, ParamsT], ResultT]:
+        @functools.wraps(method)
+        def joined(store: SqlMetadataStore, /, *args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
+            return store.database.transact(lambda: method(store, *args, **kwargs), writes=writes)
+
+        return joined
+
+    return wrap
+
+
+_reads = _transaction(writes=False)
+_writes = _transaction(writes=True)
 
 
 class SqlMetadataStore:
-    """The ledger of one run in the SQLite file ``path``, made if it is not there.
+    """The ledger of one run: in the SQLite file ``where``, or in the schema ``name`` of the PostgreSQL database
+    ``where`` (``postgresql://user@host:port/database``). It is made if it is not there.
 
-    A file of another schema version, or that is no ledger, is a ``ConfigError``. A database that cannot be
-    written (disk full, read-only) is a ``ControlPlaneError`` and the call has changed nothing.
+    A ledger of another schema version, one that is in use, or what is no ledger is a ``ConfigError``. A database that
+    cannot be written (disk full, read-only) or stays away for more than ``retry_s`` (PostgreSQL only) is a
+    ``ControlPlaneError``, and the transaction has changed nothing.
     """
 
     durable = True
+    keeps_history = True
 
-    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
-        self._path = Path(path)
-        self._lock = threading.RLock()
-        self._engine, self._connection = _open(self._path, read_only=read_only)
+    def __init__(
+        self, where: str | Path, *, name: str = "specforge", read_only: bool = False, retry_s: float = 60.0
+    ) -> None:
+        self.database: Database
+        if isinstance(where, str) and where.startswith("postgresql://"):
+            self.database = PostgresDatabase(where, name, read_only=read_only, retry_s=retry_s)
+        else:
+            self.database = SqliteDatabase(Path(where), read_only=read_only)
+
+    def transact(self, work: Callable[[], ResultT]) -> ResultT:
+        return self.database.transact(work, writes=False)
+
+    def close(self) -> None:
+        self.database.close()
 
     # The run
 
+    @_writes
     def register(self, new_tasks: Sequence[PromptTask]) -> None:
-        with self._transaction() as db:
-            for start in range(0, len(new_tasks), _CHUNK):
-                self._register(db, new_tasks[start : start + _CHUNK])
+        num_known = self.num_tasks()
+        for start in range(0, len(new_tasks), sql.CHUNK):
+            num_known += self._register(new_tasks[start : start + sql.CHUNK], num_known)
 
-    def _register(self, db: sa.Connection, chunk: Sequence[PromptTask]) -> None:
-        indices = [task.index for task in chunk]
-        rows = db.execute(select(tasks.c.idx, tasks.c.body).where(tasks.c.idx.in_(indices)))
-        recorded: dict[int, str] = {row.idx: row.body for row in rows}
-        expected: int = db.scalar(select(func.coalesce(func.max(tasks.c.idx), -1) + 1)) or 0
+    def _register(self, chunk: Sequence[PromptTask], num_known: int) -> int:
+        """How many of them the ledger had not known."""
+        recorded = self._bodies([task.index for task in chunk if task.index < num_known])
         fresh: list[dict[str, Any]] = []
         for task in chunk:
             body = codec.dumps(task)
             if task.index in recorded:
                 check_same_task(recorded[task.index] == body, task)
                 continue
-            if task.index != expected + len(fresh):
-                raise task_gap(expected + len(fresh), task)
-            fresh.append({"idx": task.index, "sample_id": task.sample_id, "body": body})
-        if not fresh:
-            return
+            if task.index != num_known + len(fresh):
+                raise task_gap(num_known + len(fresh), task)
+            fresh.append({"at_idx": task.index, "at_sample_id": task.sample_id, "to_body": body})
         try:
-            db.execute(tasks.insert(), fresh)
+            self._execute(sql.ENTER_TASK, fresh)
         except sa.exc.IntegrityError:
             raise DataError(
-                f"a sample id among prompts {indices[0]} to {indices[-1]} is used twice; sample ids are unique in a run"
+                f"a sample id among prompts {chunk[0].index} to {chunk[-1].index} is used twice; "
+                "sample ids are unique in a run"
             ) from None
-        new_rows = [
-            {"idx": row["idx"], "state": SampleState.PENDING, "generation": 0, "num_failures": 0} for row in fresh
-        ]
-        db.execute(samples.insert(), new_rows)
+        self._execute(sql.ENTER_SAMPLE, [{"at_idx": row["at_idx"]} for row in fresh])
+        return len(fresh)
 
+    @_writes
     def bind(self, order_key: str) -> None:
-        with self._transaction() as db:
-            bound = db.scalar(select(run.c.value).where(run.c.key == "order_key"))
-            check_order_key(bound, order_key)
-            if bound is None:
-                db.execute(run.insert(), {"key": "order_key", "value": order_key})
+        bound: str | None = self._scalar(sql.FACT, key="order_key")
+        check_order_key(bound, order_key)
+        if bound is None:
+            self._execute(sql.SET_FACT, [{"at_key": "order_key", "to_value": order_key}])
 
+    @_reads
     def num_tasks(self) -> int:
-        with self._transaction() as db:
-            return db.scalar(select(func.coalesce(func.max(tasks.c.idx), -1) + 1)) or 0
+        return self._number(sql.NUM_TASKS)
 
     def tasks(self) -> Iterator[PromptTask]:
-        start = 0
-        while True:
-            with self._transaction() as db:
-                query = select(tasks.c.body).where(tasks.c.idx >= start).order_by(tasks.c.idx).limit(_CHUNK)
-                bodies = list(db.scalars(query))
+        first = 0
+        while bodies := self._bodies_from(first):
             yield from (codec.loads(PromptTask, body) for body in bodies)
-            if len(bodies) < _CHUNK:
-                return
-            start += _CHUNK
+            first += len(bodies)
 
+    @_reads
+    def _bodies_from(self, first: int) -> list[str]:
+        return list(self._connection.scalars(sql.TASKS_FROM, {"first": first}))
+
+    @_reads
+    def tasks_at(self, indices: Sequence[int]) -> list[PromptTask]:
+        bodies = self._bodies(indices)
+        for index in indices:
+            if index not in bodies:
+                raise unknown_sample(index, self.num_tasks())
+        return [codec.loads(PromptTask, bodies[index]) for index in indices]
+
+    def _bodies(self, indices: Sequence[int]) -> dict[int, str]:
+        return {row.idx: row.body for row in self._at(sql.TASKS_AT, indices)}
+
+    @_reads
     def find(self, sample_id: str) -> int | None:
-        with self._transaction() as db:
-            return db.scalar(select(tasks.c.idx).where(tasks.c.sample_id == sample_id))
+        found: int | None = self._scalar(sql.FIND, sample_id=sample_id)
+        return found
 
     # Samples
 
+    @_writes
     def lease(self, indices: Sequence[int], worker_id: str) -> list[int]:
-        with self._transaction() as db:
-            if len(set(indices)) != len(indices):
-                raise InvalidTransition(f"a sample is leased twice in one call: {list(indices)}")
-            rows = [{"at_idx": index, "to_worker": worker_id} for index in indices]
-            _guarded(db, _LEASE, rows, "lease: not every sample is pending or released")
-            query = select(samples.c.idx, samples.c.generation).where(samples.c.idx.in_(indices))
-            generations = {row.idx: row.generation for row in db.execute(query)}
-            return [generations[index] for index in indices]
+        if len(set(indices)) != len(indices):
+            raise InvalidTransition(f"a sample is leased twice in one call: {list(indices)}")
+        self._guarded(sql.LEASE, [{"at_idx": index} for index in indices], "lease: not every sample can be leased")
+        rows = [{"at_idx": index, "to_worker": worker_id} for index in indices]
+        self._guarded(sql.GO_LIVE, rows, "lease: not every sample can be leased")
+        generations = {row.idx: row.generation for row in self._at(sql.LIVE_AT, indices)}
+        return [generations[index] for index in indices]
 
+    @_writes
     def requeue(self, attempts: Sequence[Attempt]) -> None:
-        with self._transaction() as db:
-            _guarded(db, _REQUEUE, _attempts(attempts), "requeue: not every attempt is leased")
+        self._guarded(sql.END_LEASED, _attempts(attempts), "requeue: not every attempt is leased")
+        self._put_back(sql.PUT_BACK, attempts)
 
+    @_writes
+    def crash(self, attempts: Sequence[Attempt]) -> list[int]:
+        self._guarded(sql.END_LEASED, _attempts(attempts), "crash: not every attempt is leased")
+        self._put_back(sql.PUT_BACK_CRASHED, attempts)
+        indices = [attempt.sample for attempt in attempts]
+        num_crashes = {row.idx: row.num_crashes for row in self._at(sql.AT_REST, indices)}
+        return [num_crashes[index] for index in indices]
+
+    @_reads
+    def crashed(self, at_least: int) -> dict[int, int]:
+        return {row.idx: row.num_crashes for row in self._connection.execute(sql.CRASHED, {"at_least": at_least})}
+
+    @_writes
     def commit(self, refs: Sequence[tuple[int, SampleRef]]) -> list[bool]:
-        with self._transaction() as db:
-            wanted = [index for index, _ in refs]
-            query = select(samples.c.idx, samples.c.state, samples.c.generation).where(samples.c.idx.in_(wanted))
-            known = {row.idx: row for row in db.execute(query)}
-            accepted: list[bool] = []
-            rows: dict[int, dict[str, Any]] = {}
-            for index, ref in refs:
-                if index not in known:
-                    raise unknown_sample(index, len(known))
-                live = known[index].generation == ref.generation
-                accepted.append(
-                    live and known[index].state in {SampleState.LEASED, SampleState.COMMITTED, SampleState.RELEASED}
-                )
-                if live and known[index].state == SampleState.LEASED:
-                    body = codec.dumps(ref)
-                    rows.setdefault(index, {"at_idx": index, "at_generation": ref.generation, "to_ref": body})
-            _guarded(db, _COMMIT, list(rows.values()), "commit: a sample changed meanwhile")
-            return accepted
+        known = {row.idx: row for row in self._at(sql.LIVE_AT, [index for index, _ in refs])}
+        at_rest = [index for index, _ in refs if index not in known]
+        known.update((row.idx, row) for row in self._at(sql.AT_REST, at_rest))
+        accepted: list[bool] = []
+        rows: dict[int, dict[str, Any]] = {}
+        for index, ref in refs:
+            if index not in known:
+                raise unknown_sample(index, self.num_tasks())
+            state, is_last = known[index].state, known[index].generation == ref.generation
+            accepted.append(is_last and state in {SampleState.LEASED, SampleState.COMMITTED, SampleState.RELEASED})
+            if is_last and state == SampleState.LEASED and index not in rows:
+                rows[index] = {"at_idx": index, "at_generation": ref.generation, "to_ref": codec.dumps(ref)}
+        self._guarded(sql.COMMIT, list(rows.values()), "commit: a sample changed meanwhile")
+        return accepted
 
+    @_writes
     def fail(self, attempt: Attempt, reason: str) -> int:
-        with self._transaction() as db:
-            rows = [{**_attempts([attempt])[0], "to_reason": reason}]
-            _guarded(
-                db, _FAIL, rows, f"fail: sample {attempt.sample} is not leased with generation {attempt.generation}"
-            )
-            query = select(samples.c.num_failures).where(samples.c.idx == attempt.sample)
-            return int(db.execute(query).scalar_one())
+        refusal = f"fail: sample {attempt.sample} is not leased with generation {attempt.generation}"
+        self._guarded(sql.END_LEASED, _attempts([attempt]), refusal)
+        self._execute(sql.PUT_BACK_FAILED, [{"at_idx": attempt.sample, "to_reason": reason}])
+        return self.sample(attempt.sample).num_failures
 
+    @_writes
     def quarantine(self, index: int, from_slot: int, reason: str) -> None:
-        with self._transaction() as db:
-            rows = [{"at_idx": index, "to_reason": reason, "to_quarantined_from": from_slot}]
-            _guarded(db, _QUARANTINE, rows, f"quarantine: sample {index} is not pending")
+        self._enter_quarantine(Quarantine(index, from_slot, None, reason))
+        row = {"at_idx": index, "at_from_slot": from_slot, "to_reason": reason}
+        self._guarded(sql.QUARANTINE, [row], f"quarantine: sample {index} is not pending")
 
-    def quarantined(self) -> dict[int, int]:
-        with self._transaction() as db:
-            query = select(samples.c.idx, samples.c.quarantined_from).where(samples.c.state == SampleState.QUARANTINED)
-            return {row.idx: row.quarantined_from for row in db.execute(query)}
+    def _enter_quarantine(self, quarantine: Quarantine) -> None:
+        """In the place of an ended one that began at the same slot, if there is one."""
+        at = {"at_idx": quarantine.index, "at_from_slot": quarantine.from_slot}
+        self._execute(sql.FORGET_QUARANTINE, [at])
+        row = {**at, "at_to_slot": quarantine.to_slot, "to_reason": quarantine.reason}
+        self._execute(sql.ENTER_QUARANTINE, [row])
 
+    @_writes
+    def retry(self, index: int, to_slot: int) -> None:
+        self._guarded(sql.RETRY, [{"at_idx": index}], f"retry: sample {index} is not quarantined")
+        self._guarded(sql.END_QUARANTINE, [{"at_idx": index, "at_to_slot": to_slot}], "retry: no open quarantine")
+
+    @_reads
+    def quarantines(self) -> list[Quarantine]:
+        rows = self._connection.execute(sql.QUARANTINES)
+        return [Quarantine(row.idx, row.from_slot, row.to_slot, row.reason) for row in rows]
+
+    @_writes
     def release(self, attempts: Sequence[Attempt]) -> None:
-        with self._transaction() as db:
-            _guarded(db, _RELEASE, _attempts(attempts), "release: not every sample is committed with that generation")
+        refusal = "release: not every sample is committed with that generation"
+        self._guarded(sql.END_COMMITTED, _attempts(attempts), refusal)
+
+    @_writes
+    def lose(self, attempts: Sequence[Attempt]) -> None:
+        refusal = "lose: not every sample is committed with that generation"
+        self._guarded(sql.END_COMMITTED, _attempts(attempts), refusal)
+        self._put_back(sql.PUT_BACK, attempts)
+
+    @_reads
+    def in_flight(self) -> list[LiveAttempt]:
+        return [
+            LiveAttempt(
+                Attempt(row.idx, row.generation),
+                row.worker_id,
+                None if row.ref is None else codec.loads(SampleRef, row.ref),
+            )
+            for row in self._connection.execute(sql.IN_FLIGHT)
+        ]
 
     # Slots
 
+    @_writes
     def dispatch(self, entries: Sequence[Dispatch]) -> None:
-        with self._transaction() as db:
-            # One statement a row: drivers do not count the rows of INSERT ... SELECT over many parameter sets.
-            for slot, index, generation in entries:
-                row = {"at_slot": slot, "at_idx": index, "at_generation": generation}
-                _guarded(
-                    db, _DISPATCH, [row], f"dispatch: sample {index} is not committed with generation {generation}"
-                )
+        rows = [{"at_slot": slot, "at_idx": index, "at_generation": generation} for slot, index, generation in entries]
+        self._guarded(sql.DISPATCH, rows, "dispatch: not every sample is committed with that generation")
 
+    @_writes
     def ack(self, acked: Sequence[int], step: int) -> None:
         check_step(step)
-        if not acked:
-            return
-        with self._transaction() as db:
-            try:
-                db.execute(_ACK, [{"slot": slot, "step": step} for slot in acked])
-            except sa.exc.IntegrityError as error:
-                raise InvalidTransition(
-                    f"the ledger refused: ack: only a dispatched slot can be acked, and once ({error.orig})"
-                ) from error
+        try:
+            self._execute(sql.ACK, [{"at_slot": slot, "at_step": step} for slot in acked])
+        except sa.exc.IntegrityError as error:
+            raise InvalidTransition(
+                f"the ledger refused: ack: only a dispatched slot can be acked, and once ({error.orig})"
+            ) from error
 
+    @_writes
     def checkpointed(self, step: int) -> None:
-        with self._transaction() as db:
-            if step > _durable_step(db):
-                _set_durable_step(db, step)
+        self._execute(sql.CHECKPOINTED, [{"to_step": step}])
 
-    def rewind(self, num_slots: int, step: int, sample_of: Callable[[int], int]) -> None:
-        quarantined = self.quarantined()
-        with self._transaction() as db:
-            db.execute(acks.delete().where(acks.c.slot >= num_slots))
-            db.execute(slots.delete().where(~sa.exists().where(acks.c.slot == slots.c.slot)))
-            db.execute(acks.update().where(acks.c.step > step).values(step=step))
-            missing: list[dict[str, int]] = []
-            for slot in _gaps(db, num_slots):
-                index = sample_of(slot)
-                if index not in quarantined or slot < quarantined[index]:
-                    missing.append({"slot": slot, "idx": index, "generation": 0})
-            for start in range(0, len(missing), _CHUNK):
-                chunk = missing[start : start + _CHUNK]
-                db.execute(slots.insert(), chunk)
-                db.execute(_ACK, [{"slot": row["slot"], "step": step} for row in chunk])
-            db.execute(_FORGET_IN_FLIGHT)
-            _set_durable_step(db, step)
+    @_writes
+    def rewind(self, to: Position, sample_of: Callable[[int], int], quarantines: Sequence[Quarantine]) -> None:
+        for quarantine in missing_quarantines(self.quarantines(), quarantines):
+            self._enter_quarantine(quarantine)
+            if quarantine.to_slot is None:
+                at = {"at_idx": quarantine.index}
+                self._execute(sql.STOP, [at])
+                self._execute(sql.PUT_BACK, [at])
+                row = {**at, "at_from_slot": quarantine.from_slot, "to_reason": quarantine.reason}
+                self._guarded(sql.QUARANTINE, [row], f"rewind: sample {quarantine.index} is not pending")
+        if to.prefix:
+            self._execute(sql.DROP_ACKS_FROM, [{"from_slot": to.num_slots}])
+            self._execute(sql.LOWER_STEPS, [{"last_step": to.step}])
+            self._execute(sql.DROP_NOT_ACKED, [{}])
+            self._fill(to, sample_of)
+        else:
+            self._execute(sql.DROP_ACKS_AFTER, [{"last_step": to.step}])
+            self._execute(sql.DROP_NOT_ACKED, [{}])
+            check_position(self._number(sql.NUM_TRAINED), to)
+        self._execute(sql.SET_DURABLE_STEP, [{"to_value": str(to.step)}])
+
+    def _fill(self, to: Position, sample_of: Callable[[int], int]) -> None:
+        """Enter the covered slots of whose training the ledger had not heard."""
+        if self._number(sql.NUM_TRAINED) == to.num_slots:
+            return
+        skips = Skips(self.quarantines())
+        for first in range(0, to.num_slots, _SLOTS_READ):
+            end = min(to.num_slots, first + _SLOTS_READ)
+            trained = self._trained_within(first, end)
+            missing = ((slot, sample_of(slot)) for slot in range(first, end) if slot not in trained)
+            rows = [(slot, index) for slot, index in missing if not skips.covers(index, slot)]
+            self._execute(sql.ENTER_SLOT, [{"at_slot": slot, "at_idx": index} for slot, index in rows])
+            self._execute(sql.ACK, [{"at_slot": slot, "at_step": to.step} for slot, _ in rows])
 
     # Reading
 
+    @_reads
     def sample(self, index: int) -> SampleRecord:
-        with self._transaction() as db:
-            row = db.execute(select(samples).where(samples.c.idx == index)).one_or_none()
-            if row is None:
-                raise unknown_sample(index, self.num_tasks())
-            ref = None if row.ref is None else codec.loads(SampleRef, row.ref)
-            return SampleRecord(SampleState(row.state), row.generation, row.num_failures, ref, row.reason)
+        row = self._connection.execute(sql.SAMPLE, {"at_idx": index}).one_or_none()
+        if row is None:
+            raise unknown_sample(index, self.num_tasks())
+        return SampleRecord(
+            SampleState(row.live_state or row.state),
+            row.generation,
+            row.num_failures,
+            row.num_crashes,
+            None if row.ref is None else codec.loads(SampleRef, row.ref),
+            row.reason,
+        )
 
+    @_reads
     def slot_state(self, slot: int) -> SlotState:
-        with self._transaction() as db:
-            if db.scalar(select(slots.c.slot).where(slots.c.slot == slot)) is None:
-                return SlotState.OPEN
-            step = db.scalar(select(acks.c.step).where(acks.c.slot == slot))
-            if step is None:
-                return SlotState.DISPATCHED
-            return SlotState.DURABLE if step <= _durable_step(db) else SlotState.TRAINED
+        if self._scalar(sql.IS_DISPATCHED, slot=slot) is None:
+            return SlotState.OPEN
+        step = self.slot_step(slot)
+        if step is None:
+            return SlotState.DISPATCHED
+        return SlotState.DURABLE if step <= self._durable_step() else SlotState.TRAINED
 
+    @_reads
     def slot_step(self, slot: int) -> int | None:
-        with self._transaction() as db:
-            return db.scalar(select(acks.c.step).where(acks.c.slot == slot))
+        step: int | None = self._scalar(sql.STEP_OF, slot=slot)
+        return step
 
+    @_reads
+    def trained_from(self, slot: int) -> list[int]:
+        return list(self._connection.scalars(sql.TRAINED_FROM, {"first": slot}))
+
+    @_reads
+    def first_untrained(self, sample_of: Callable[[int], int]) -> int:
+        skips = Skips(self.quarantines())
+        # With every sample quarantined the answer is the first slot of which nothing is said.
+        end_of_all = max(self._number(sql.LAST_TRAINED), skips.last_edge) + 1
+        num_tasks, end = self.num_tasks(), 0
+        while True:
+            first, end = end, end + _SLOTS_READ
+            trained = self._trained_within(first, end)
+            for slot in range(first, end):
+                if slot >= end_of_all and skips.num_open >= num_tasks:
+                    return slot
+                if slot not in trained and not skips.covers(sample_of(slot), slot):
+                    return slot
+
+    @_reads
     def counts(self) -> LedgerCounts:
-        with self._transaction() as db:
-            durable_step = _durable_step(db)
-            in_flight = (SampleState.LEASED, SampleState.COMMITTED, SampleState.QUARANTINED)
-            query = (
-                select(samples.c.state, func.count()).where(samples.c.state.in_(in_flight)).group_by(samples.c.state)
-            )
-            by_state: Mapping[str, int] = {row[0]: row[1] for row in db.execute(query)}
-            num_trained = _count(db, select(func.count()).select_from(acks))
-            distinct = select(func.count(sa.distinct(slots.c.idx))).join(acks, acks.c.slot == slots.c.slot)
-            return LedgerCounts(
-                num_samples=self.num_tasks(),
-                num_leased=by_state.get(SampleState.LEASED, 0),
-                num_committed=by_state.get(SampleState.COMMITTED, 0),
-                num_quarantined=by_state.get(SampleState.QUARANTINED, 0),
-                num_slots_dispatched=_count(db, select(func.count()).select_from(slots)) - num_trained,
-                num_slots_trained=num_trained,
-                num_slots_durable=_count(db, select(func.count()).where(acks.c.step <= durable_step)),
-                num_unique_samples_trained=_count(db, distinct),
-                last_step=_count(db, select(func.coalesce(func.max(acks.c.step), 0))),
-                durable_step=durable_step,
-            )
-
-    def close(self) -> None:
-        with self._lock:
-            self._connection.close()
-            self._engine.dispose()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
-        """One transaction; nested use joins the outer one. Refusals of the database become ours."""
-        with self._lock:
-            if self._connection.in_transaction():
-                yield self._connection
-                return
-            try:
-                with self._connection.begin():
-                    yield self._connection
-            except sa.exc.IntegrityError as error:
-                raise InvalidTransition(f"the ledger refused: {error.orig}") from error
-            except sa.exc.DBAPIError as error:
-                raise ControlPlaneError(
-                    f"the ledger {self._path} could not be used: {error.orig}; check free space and permissions, "
-                    "then resume the run"
-                ) from error
-
-
-def ledger_summary(path: str | Path) -> dict[str, int]:
-    """The counts of the ledger in ``path``, opened read-only; a live run is not disturbed."""
-    store = SqlMetadataStore(path, read_only=True)
-    try:
-        return asdict(store.counts())
-    finally:
-        store.close()
-
-
-def _open(path: Path, *, read_only: bool) -> tuple[sa.Engine, sa.Connection]:
-    if read_only and not path.is_file():
-        raise ConfigError(f"expected a ledger at {path}, got no such file; give the directory of a run")
-    if not read_only:
-        _make_private(path)
-    mode = "ro" if read_only else "rw"
-    url = sa.URL.create("sqlite", database=f"file:{path.absolute()}", query={"mode": mode, "uri": "true"})
-    engine = sa.create_engine(url, poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
-    sa.event.listen(engine, "connect", _configure_read_only if read_only else _configure)
-    # Transactions are ours, not the driver's; IMMEDIATE takes the write lock before the first read of a transition.
-    sa.event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE"))
-    try:
-        connection = engine.connect()
-        try:
-            with connection.begin():
-                if not read_only and _is_new(connection):
-                    schema.metadata.create_all(connection)
-                    facts = {"schema_version": schema.SCHEMA_VERSION, "durable_step": 0}
-                    connection.execute(run.insert(), [{"key": key, "value": str(v)} for key, v in facts.items()])
-                else:
-                    _check_version(connection, path)
-        except BaseException:
-            connection.close()
-            raise
-    except sa.exc.DatabaseError as error:
-        engine.dispose()
-        raise ConfigError(
-            f"expected a ledger at {path}, got a file that cannot be used as one ({error.orig}); "
-            "give the ledger of a run, or another path for a new one"
-        ) from error
-    except BaseException:
-        engine.dispose()
-        raise
-    return engine, connection
-
-
-def _make_private(path: Path) -> None:
-    """Make the file 0600 if it is not there; what is no database is left as it is."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    except OSError as error:
-        raise ConfigError(
-            f"the ledger {path} cannot be opened for writing ({error.strerror}); choose a writable directory"
-        ) from error
-    with path.open("rb") as file:
-        start = file.read(len(_MAGIC))
-    if start not in (b"", _MAGIC):
-        raise ConfigError(
-            f"expected a ledger at {path}, got a file that cannot be used as one (it is no database); "
-            "give the ledger of a run, or another path for a new one"
+        durable_step = self._durable_step()
+        by_state: Mapping[str, int] = {row[0]: row[1] for row in self._connection.execute(sql.NUM_LIVE)}
+        num_trained = self._number(sql.NUM_TRAINED)
+        return LedgerCounts(
+            num_samples=self.num_tasks(),
+            num_leased=by_state.get(SampleState.LEASED, 0),
+            num_committed=by_state.get(SampleState.COMMITTED, 0),
+            num_quarantined=self._number(sql.NUM_OPEN_QUARANTINES),
+            num_slots_dispatched=self._number(sql.NUM_SLOTS) - num_trained,
+            num_slots_trained=num_trained,
+            num_slots_durable=self._number(sql.NUM_DURABLE, durable_step=durable_step),
+            num_unique_samples_trained=self._number(sql.NUM_UNIQUE),
+            last_step=self._number(sql.LAST_STEP),
+            durable_step=durable_step,
         )
 
+    # Inside a transaction
 
-def _is_new(db: sa.Connection) -> bool:
-    """No table is there yet: the file was just made, or whoever made it was killed before its first transaction."""
-    return not db.scalar(sa.text("SELECT count(*) FROM sqlite_master"))
+    @property
+    def _connection(self) -> sa.Connection:
+        return self.database.connection
 
+    def _execute(self, statement: Any, rows: Rows) -> int:
+        """Once a row; how many rows of the table that changed."""
+        return self.database.execute(statement, rows) if rows else 0
 
-def _configure(connection: Any, _record: object) -> None:
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
-        connection.execute(f"PRAGMA {pragma}")
+    def _guarded(self, statement: Any, rows: Rows, refusal: str) -> None:
+        """Execute ``statement`` once a row; unless every execution changed one row, refuse (and roll back)."""
+        if self._execute(statement, rows) != len(rows):
+            raise InvalidTransition(f"the ledger refused: {refusal}")
 
+    def _put_back(self, statement: Any, attempts: Sequence[Attempt]) -> None:
+        self._execute(statement, [{"at_idx": attempt.sample} for attempt in attempts])
 
-def _configure_read_only(connection: Any, _record: object) -> None:
-    connection.isolation_level = None
-    connection.execute("PRAGMA busy_timeout=10000")
+    def _at(self, statement: Any, indices: Sequence[int]) -> Iterable[Any]:
+        for start in range(0, len(indices), sql.CHUNK):
+            yield from self._connection.execute(statement, {"indices": indices[start : start + sql.CHUNK]})
 
+    def _scalar(self, statement: Any, **values: object) -> Any:
+        return self._connection.scalar(statement, values)
 
-def _check_version(db: sa.Connection, path: Path) -> None:
-    found = db.scalar(select(run.c.value).where(run.c.key == "schema_version"))
-    if found != str(schema.SCHEMA_VERSION):
-        raise ConfigError(
-            f"the ledger {path} has schema version {found}, this build reads version {schema.SCHEMA_VERSION}; "
-            "finish the run with the build that started it, or start a new run in an empty directory"
-        )
+    def _number(self, statement: Any, **values: object) -> int:
+        return int(self._connection.scalar(statement, values) or 0)
 
+    def _durable_step(self) -> int:
+        return int(self._scalar(sql.FACT, key="durable_step"))
 
-def _guarded(db: sa.Connection, statement: Any, rows: Sequence[Mapping[str, Any]], refusal: str) -> None:
-    """Execute ``statement`` once a row; unless every execution changed one row, refuse (and roll back)."""
-    if rows and db.execute(statement, rows if len(rows) > 1 else rows[0]).rowcount != len(rows):
-        raise InvalidTransition(f"the ledger refused: {refusal}")
+    def _trained_within(self, first: int, end: int) -> set[int]:
+        return set(self._connection.scalars(sql.TRAINED_WITHIN, {"first": first, "end": end}))
 
 
 def _attempts(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
-    return [{"at_idx": index, "at_generation": generation} for index, generation in attempts]
-
-
-def _gaps(db: sa.Connection, num_slots: int) -> list[int]:
-    """Slot numbers below ``num_slots`` without an ack."""
-    missing: list[int] = []
-    expected = 0
-    for slot in db.scalars(select(acks.c.slot).where(acks.c.slot < num_slots).order_by(acks.c.slot)):
-        missing.extend(range(expected, slot))
-        expected = slot + 1
-    missing.extend(range(expected, num_slots))
-    return missing
-
-
-def _count(db: sa.Connection, query: sa.Executable) -> int:
-    return int(db.execute(query).scalar_one())
-
-
-def _durable_step(db: sa.Connection) -> int:
-    return int(db.execute(select(run.c.value).where(run.c.key == "durable_step")).scalar_one())
-
-
-def _set_durable_step(db: sa.Connection, step: int) -> None:
-    db.execute(run.update().where(run.c.key == "durable_step").values(value=str(step)))
+    return [{"at_idx": attempt.sample, "at_generation": attempt.generation} for attempt in attempts]

@@ -1,0 +1,167 @@
+"""The gate in front of the application: what is refused before anything is parsed.
+
+A request needs the token, a body within the limits of size and time, and a server that is not stopping.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import socket
+import threading
+from dataclasses import dataclass
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from specforge.control_plane import wire
+from specforge.errors import ContractError, ControlPlaneError
+
+HEAD_TIMEOUT_S = 30.0
+MAX_HEAD_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``max_body_bytes`` of a request's body, which must be there ``body_timeout_s`` after its headers."""
+
+    max_body_bytes: int
+    body_timeout_s: float
+
+
+def error_response(error: Exception, status: int, *, close: bool = False) -> Response:
+    """``close``: the connection is of no more use."""
+    headers = {"Connection": "close"} if close else {}
+    return Response(wire.error_to_json(error), status, headers, media_type="application/json")
+
+
+def stopping_response() -> Response:
+    """Closes the connection: a client comes back to a successor."""
+    return error_response(ControlPlaneError("the control-plane server is stopping"), 503, close=True)
+
+
+class Gate:
+    """An ASGI application around ``app``, which gets the whole body in one message. ``token`` None: nobody is asked."""
+
+    def __init__(self, app: ASGIApp, token: str | None, limits: Limits, stopping: threading.Event) -> None:
+        self._app = app
+        self._expected = None if token is None else f"Bearer {token}".encode()
+        self._limits = limits
+        self._stopping = stopping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        refusal = self._refusal(scope)
+        body = b""
+        if refusal is None:
+            try:
+                async with asyncio.timeout(self._limits.body_timeout_s):
+                    body = await self._read(receive)
+            except TimeoutError:
+                refusal = self._too_slow()
+            except ClientDisconnect:
+                return
+            if len(body) > self._limits.max_body_bytes:
+                refusal = self._too_large()
+        if refusal is None:
+            await self._app(scope, _after(body, receive), send)
+        else:
+            await refusal(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        if self._stopping.is_set():
+            return stopping_response()
+        headers = dict(scope["headers"])
+        if self._expected is not None and scope["path"] != "/healthz":
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                return error_response(
+                    ControlPlaneError("the token of the control-plane server is missing or wrong"), 401
+                )
+        if int(headers.get(b"content-length", b"0")) > self._limits.max_body_bytes:
+            return self._too_large()
+        return None
+
+    async def _read(self, receive: Receive) -> bytes:
+        """The body, as far as one part over the limit."""
+        parts: list[bytes] = []
+        num_bytes = 0
+        while num_bytes <= self._limits.max_body_bytes:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            parts.append(message.get("body", b""))
+            num_bytes += len(parts[-1])
+            if not message.get("more_body", False):
+                break
+        return b"".join(parts)
+
+    def _too_slow(self) -> Response:
+        limit_s = self._limits.body_timeout_s
+        error = ContractError(f"the body of the request was not there after {limit_s:g} s; send it again")
+        return error_response(error, 408, close=True)
+
+    def _too_large(self) -> Response:
+        limit = self._limits.max_body_bytes
+        return error_response(
+            ContractError(f"the body of the request is larger than {limit} bytes; send smaller batches"), 413
+        )
+
+
+def _after(body: bytes, receive: Receive) -> Receive:
+    """``receive`` of an application whose request's body was read already."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replayed
+
+
+class BoundedHead(HttpToolsProtocol):
+    """HTTP/1.1 that closes a connection whose request line and headers take too long, or are too long."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _num_head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # Head and body of an answer are two writes: the second must not wait for the client's delayed acknowledgement.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._timer is not None:
+            self._num_head_bytes += len(data)
+        super().data_received(data)
+        if self._timer is not None and self._num_head_bytes > MAX_HEAD_BYTES:
+            self.send_400_response("The headers of the request are too long.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._timer is None:
+            self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._forget()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._num_head_bytes = 0
+        self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,111 @@
+"""A run whose processes are killed at random, and what must be true of it afterwards."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import runs
+
+from specforge.config.load import load_run_config
+from specforge.control_plane.metadata.sql import SqlMetadataStore
+from specforge.launch.inputs import run_id
+
+VICTIMS = {"train": 1, "capture-0": 1, "capture-1": 1}
+"""Who is killed, and how often relative to the others."""
+LONGEST_PAUSE_S = 3.0
+DEADLINE_S = 900.0
+BATCH = 4
+NUM_SAMPLES = 24
+
+
+def write_run(directory: Path, target: Path, *, num_epochs: int, **overrides: Any) -> Path:
+    """A disaggregated run with two capture workers that may die as often as they like."""
+    options: dict[str, Any] = {
+        "topology": "disaggregated",
+        "training__num_epochs": num_epochs,
+        "training__checkpoint_every": 5,
+        "launch__num_capture_workers": 2,
+        "launch__restarts__max_restarts": 10_000,
+        "launch__restarts__first_backoff_s": 0.05,
+        "launch__restarts__longest_backoff_s": 0.2,
+    }
+    return runs.write_run(directory, target, **(options | overrides))
+
+
+@dataclass
+class Chaos:
+    """Drives a run to its end, killing on the way. ``kills`` counts them by victim."""
+
+    run_yaml: Path
+    seed: int
+    kills: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+        self._starts = 0
+
+    def run(self, num_kills: int, half_way: Callable[[], object] = lambda: None) -> dict[str, Any]:
+        """``num_kills`` SIGKILLs, ``half_way`` once in between; then the run is left alone. What it printed."""
+        command = self._start()
+        pids: set[int] = set()
+        while self.kills.total() < num_kills:
+            if self.kills.total() == num_kills // 2:
+                half_way()
+                half_way = lambda: None  # noqa: E731
+            victim = self._random.choices(list(VICTIMS), list(VICTIMS.values()))[0]
+            self._pause(command)
+            try:
+                family = command.family()
+                if victim in family:
+                    pids |= {process.pid for process in family.values()}
+                    runs.kill(family[victim])
+                    self.kills[victim] += 1
+            except psutil.NoSuchProcess:
+                continue  # it was being replaced
+        command.process.wait(DEADLINE_S)
+        result = command.succeed()
+        assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+        return result
+
+    def _start(self) -> runs.Command:
+        self._starts += 1
+        arguments = ["train", "-c", str(self.run_yaml), "--json"]
+        return runs.specforge(self.run_yaml.parent / f"output-{self._starts}", *arguments)
+
+    def _pause(self, command: runs.Command) -> None:
+        """A random while, often a short one: what starts is killed too. Fails when the run is over."""
+        time.sleep(self._random.choice([0.2, 1.0, LONGEST_PAUSE_S]) * self._random.random())
+        if command.process.poll() is not None:
+            sys.stderr.write(command.stderr.read_text())
+            raise AssertionError(f"the run ended with {command.process.returncode} after {dict(self.kills)}")
+
+
+def check_account(run_yaml: Path, num_epochs: int, ledger: str | Path | None = None, **options: Any) -> None:
+    """By the ledger's own account every slot was trained once, in its step, and nothing is in quarantine."""
+    config = load_run_config(run_yaml)
+    store = SqlMetadataStore(ledger or config.run_dir / "ledger.sqlite", read_only=True, **options)
+    try:
+        counts = store.counts()
+        total = NUM_SAMPLES * num_epochs
+        assert [store.slot_step(slot) for slot in range(total)] == [slot // BATCH + 1 for slot in range(total)]
+        assert (counts.num_slots_trained, counts.num_slots_durable) == (total, total)
+        assert counts.num_leased == counts.num_committed == counts.num_quarantined == counts.num_slots_dispatched == 0
+        assert store.quarantines() == []
+    finally:
+        store.close()
+
+
+def check_nothing_left(run_yaml: Path) -> None:
+    """No shared memory of the run, no temporary file in its directory."""
+    config = load_run_config(run_yaml)
+    assert [path.name for path in Path("/dev/shm").iterdir() if run_id(config) in path.name] == []
+    leftovers = [path for path in config.run_dir.rglob("*") if ".partial" in path.name or path.name.endswith(".tmp")]
+    assert leftovers == []

@@ -1,0 +1,39 @@
+"""When capture pauses, and that it never does so for good."""
+
+import pytest
+from controlled_run import Run
+
+from specforge.control_plane.backpressure import BackPressure, Credits
+from specforge.control_plane.metadata.memory import InMemoryMetadataStore
+from specforge.errors import ConfigError
+
+
+def test_capture_pauses_at_the_high_and_goes_on_at_the_low_watermark():
+    pressure = BackPressure(Credits(window_slots=10, step_slots=2, max_resident_bytes=100, low_watermark=0.5))
+    assert pressure.grants(5, 4, 80, 10)
+    assert not pressure.grants(5, 4, 95, 10)
+    assert not pressure.grants(5, 4, 80, 10), "paused, and not below the low watermark"
+    assert pressure.grants(1, 4, 80, 10), "the next step is always granted"
+    assert pressure.grants(5, 4, 40, 10)
+    assert not pressure.grants(5, 10, 0, 10)
+    assert not pressure.grants(5, 5, 0, 10)
+    assert pressure.grants(5, 4, 0, 10)
+
+
+@pytest.mark.parametrize("low", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("max_bytes", [1, 200, 10**6])
+def test_no_watermark_can_stop_a_run(low, max_bytes):
+    run = Run(InMemoryMetadataStore(), epochs=2, bytes_per_token=10, max_resident_bytes=max_bytes, low_watermark=low)
+    assert run.run_to_end() == list(range(12))
+
+
+def test_watermarks_that_make_no_sense_are_refused():
+    with pytest.raises(ConfigError, match="low_watermark"):
+        Credits(4, 2, None, 0.0)
+    with pytest.raises(ConfigError, match="raise it to 8 or more"):
+        Credits(4, 8, None)
+
+
+def test_the_window_ends_a_number_of_slots_behind_the_first_that_is_not_acked():
+    assert Credits(8, 2, None).window_end(first_open=4, total=10) == 10
+    assert Credits(8, 2, None).window_end(first_open=1, total=10) == 9
