@@ -63,7 +63,7 @@ class SampleOrder:
         return f"num_samples={self.num_samples} seed={self.seed} shuffle={self.shuffle}"
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _permutation(num_samples: int, seed: int, epoch: int) -> array[int]:
     indices = array("I", range(num_samples))
     # Seeding by a string hashes it with SHA-512: the same permutation on every platform and Python version.

@@ -63,14 +63,15 @@ class SqliteDatabase(Database):
 
 def _configure_writer(connection: Any, _record: object) -> None:
     connection.isolation_level = None
-    # cache_size is in KiB, if negative: what a random order of a million samples touches. Each of their leases changes
-    # a page of its own: a log of 16,000 pages (64 MB) holds most of those pages several times before they are copied.
+    # cache_size is in KiB, if negative. Prompts are read in random order: of a million of them a larger cache holds too
+    # few to help, and SQLite then takes fresh memory for every page. Each of their leases changes a page of its own: a
+    # log of 16,000 pages (64 MB) holds most of those pages several times before they are copied.
     for pragma in (
         "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
         "busy_timeout=10000",
-        "cache_size=-65536",
+        "cache_size=-8192",
         "wal_autocheckpoint=16000",
     ):
         connection.execute(f"PRAGMA {pragma}")
