@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo check format test test-full coverage golden bench docs tiny-target clean
+.PHONY: help install dev demo check format test test-full coverage golden bench chaos docs tiny-target clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,9 @@ golden: $(VENV)/.core ## every reference vector below GOLDEN
 
 bench: $(VENV)/.core ## the benchmarks
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+chaos: $(VENV)/.dev ## fifty random kills of the processes of a run
+	PYTHONPATH=tests/integration $(BIN)/python tests/chaos/fifty.py --json benchmarks/results/chaos.json $(ARGS)
 
 docs: $(VENV)/.core ## regenerate the reference pages
 	$(BIN)/python -m specforge.config.reference docs/reference/run-config.md

@@ -33,9 +33,8 @@ def quarantine(
         if as_json:
             print_json({"run_dir": run_dir, "retried": retried})
         else:
-            typer.echo(
-                f"{len(retried)} prompts will be trained again: specforge train -c {run_dir}/resolved.yaml --resume"
-            )
+            prompts = "1 prompt" if len(retried) == 1 else f"{len(retried)} prompts"
+            typer.echo(f"{prompts} will be trained again: specforge train -c {run_dir / 'resolved.yaml'} --resume")
         return
     found = list_quarantined(run_dir)
     if as_json:

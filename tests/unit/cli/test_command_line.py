@@ -10,7 +10,7 @@ import pytest
 from specforge.cli import main as cli
 from specforge.errors import ConfigError, EngineError
 
-VERBS = ("demo", "train", "plan", "eval", "export", "status", "doctor")
+VERBS = ("demo", "train", "plan", "eval", "export", "status", "quarantine", "doctor")
 
 
 @pytest.fixture
@@ -67,6 +67,8 @@ def test_version_is_printed(run):
         ("train", "-c", "none.yaml"),
         ("plan", "-c", "none.yaml"),
         ("status", "nowhere"),
+        ("quarantine", "nowhere"),
+        ("quarantine", "nowhere", "--retry", "a", "--retry-all"),
         ("eval", "--target", "t", "--draft", "d", "--prompts", "none.jsonl"),
         ("eval", "--target", "t"),
         ("export", "--checkpoint", "c", "--out", "o", "--to", "paper"),
