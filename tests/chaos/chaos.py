@@ -6,7 +6,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from specforge.launch.inputs import run_id
 
 VICTIMS = {"train": 1, "capture-0": 1, "capture-1": 1}
 """Who is killed, and how often relative to the others."""
-LONGEST_PAUSE_S = 3.0
+LONGEST_PAUSES_S = (0.5, 16.0)
+"""Half of the pauses are short: what has just been started is killed too. In the others the run gets to work."""
 DEADLINE_S = 900.0
 BATCH = 4
 NUM_SAMPLES = 24
@@ -42,15 +43,20 @@ def write_run(directory: Path, target: Path, *, num_epochs: int, **overrides: An
 
 @dataclass
 class Chaos:
-    """Drives a run to its end, killing on the way. ``kills`` counts them by victim."""
+    """Drives a run to its end, killing on the way.
+
+    ``kills`` counts them by victim; ``steps_at_kills`` says how many optimizer steps the metrics had seen at each,
+    those that were repeated after a roll-back included.
+    """
 
     run_yaml: Path
     seed: int
+    longest_pauses_s: Sequence[float] = LONGEST_PAUSES_S
     kills: Counter[str] = field(default_factory=Counter)
+    steps_at_kills: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
-        self._starts = 0
 
     def run(self, num_kills: int, half_way: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """``num_kills`` SIGKILLs, ``half_way`` once in between; then the run is left alone. What it printed."""
@@ -68,6 +74,7 @@ class Chaos:
                     pids |= {process.pid for process in family.values()}
                     runs.kill(family[victim])
                     self.kills[victim] += 1
+                    self.steps_at_kills.append(runs.num_steps(self.run_yaml.parent / "run"))
             except psutil.NoSuchProcess:
                 continue  # it was being replaced
         command.process.wait(DEADLINE_S)
@@ -76,13 +83,11 @@ class Chaos:
         return result
 
     def _start(self) -> runs.Command:
-        self._starts += 1
-        arguments = ["train", "-c", str(self.run_yaml), "--json"]
-        return runs.specforge(self.run_yaml.parent / f"output-{self._starts}", *arguments)
+        return runs.specforge(self.run_yaml.parent / "output", "train", "-c", str(self.run_yaml), "--json")
 
     def _pause(self, command: runs.Command) -> None:
-        """A random while, often a short one: what starts is killed too. Fails when the run is over."""
-        time.sleep(self._random.choice([0.2, 1.0, LONGEST_PAUSE_S]) * self._random.random())
+        """A random while. Fails when the run is over."""
+        time.sleep(self._random.choice(self.longest_pauses_s) * self._random.random())
         if command.process.poll() is not None:
             sys.stderr.write(command.stderr.read_text())
             raise AssertionError(f"the run ended with {command.process.returncode} after {dict(self.kills)}")

@@ -17,7 +17,7 @@ import runs
 import chaos
 from specforge.testing.tiny_target import tiny_target
 
-NUM_EPOCHS = 250
+NUM_EPOCHS = 1000
 
 
 def main() -> None:
@@ -30,7 +30,9 @@ def main() -> None:
         directory = Path(name)
         options = {"training__num_epochs": NUM_EPOCHS, "training__checkpoint_every": 5}
         undisturbed_yaml = runs.write_run(directory / "undisturbed", tiny_target(), **options)
-        undisturbed = runs.specforge(directory, "train", "-c", str(undisturbed_yaml), "--json").succeed()
+        alone = runs.specforge(directory, "train", "-c", str(undisturbed_yaml), "--json")
+        alone.process.wait(chaos.DEADLINE_S)
+        undisturbed = alone.succeed()
         run_yaml = chaos.write_run(directory / "chaos", tiny_target(), num_epochs=NUM_EPOCHS)
         disturbed = chaos.Chaos(run_yaml, arguments.seed)
         started = time.monotonic()
@@ -45,6 +47,7 @@ def main() -> None:
         "seed": arguments.seed,
         "kills": dict(disturbed.kills),
         "num_kills": disturbed.kills.total(),
+        "steps_seen_at_kills": disturbed.steps_at_kills,
         "optimizer_steps": result["step"],
         "slots_trained": result["ledger"]["num_slots_trained"],
         "seconds": round(seconds),

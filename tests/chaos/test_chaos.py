@@ -11,14 +11,16 @@ from armed_role import points_of
 import chaos
 from specforge.testing.postgres import temporary_server
 
-SHORT_EPOCHS = 20
-LONG_EPOCHS = 100
+SHORT_EPOCHS = 30
+LONG_EPOCHS = 300
 
 
 def weights_of_undisturbed_run(directory: Path, target: Path, num_epochs: int, **overrides) -> str:
     options = {"training__num_epochs": num_epochs, "training__checkpoint_every": 5} | overrides
     run_yaml = runs.write_run(directory, target, **options)
-    return runs.specforge(directory, "train", "-c", str(run_yaml), "--json").succeed()["draft_weights_sha256"]
+    command = runs.specforge(directory, "train", "-c", str(run_yaml), "--json")
+    command.process.wait(chaos.DEADLINE_S)
+    return command.succeed()["draft_weights_sha256"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def long_undisturbed(tmp_path_factory, tiny_target_dir) -> str:
 
 def test_a_few_random_kills_do_not_show(tmp_path, tiny_target_dir, undisturbed):
     run_yaml = chaos.write_run(tmp_path, tiny_target_dir, num_epochs=SHORT_EPOCHS)
-    result = chaos.Chaos(run_yaml, seed=1).run(num_kills=4)
+    result = chaos.Chaos(run_yaml, seed=1, longest_pauses_s=(0.5, 4.0)).run(num_kills=4)
     assert result["draft_weights_sha256"] == undisturbed
     chaos.check_account(run_yaml, SHORT_EPOCHS)
     chaos.check_nothing_left(run_yaml)
