@@ -56,7 +56,6 @@ def test_the_weights_do_not_depend_on_prefetching_or_the_window(tmp_path, tiny_t
             topology="disaggregated",
             control_plane__window_steps=7,
             data_plane__prefetch_steps=0,
-            control_plane__ledger={"kind": "memory"},
         )
     )
     assert run_disagg_online_interleaved(config).draft_weights_sha256 == undisturbed

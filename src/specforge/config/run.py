@@ -50,17 +50,12 @@ class RunConfig(BaseModel):
         return self
 
     def _refused_apart(self) -> str | None:
-        ledger, in_order = self.control_plane.ledger.kind, self.control_plane.order == "strict"
+        ledger = self.control_plane.ledger.kind
         if self.data_plane.store.kind == "local":
             return "data_plane.store.kind is local, which only one process can see; use shared_memory or auto"
-        if ledger == "none":
+        if ledger in {"none", "memory"}:
             return (
-                "control_plane.ledger.kind is none, which cannot survive a lost process; use sqlite, postgres, memory "
-                "or auto"
-            )
-        if ledger == "memory" and not in_order:
-            return (
-                "control_plane.order is arrival with control_plane.ledger.kind memory, which forgets what was trained; "
+                f"control_plane.ledger.kind is {ledger}, which does not outlive the process that trains; "
                 "use sqlite, postgres or auto"
             )
         return None

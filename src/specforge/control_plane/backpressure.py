@@ -36,10 +36,6 @@ class Credits:
         if not 0 < self.low_watermark <= 1:
             raise ConfigError(f"expected a low_watermark above 0 and up to 1, got {self.low_watermark}")
 
-    def window_end(self, first_open: int, total: int) -> int:
-        """One past the last slot that may be leased or resident, given the first slot that is not acked."""
-        return min(total, first_open + self.window_slots)
-
 
 class BackPressure:
     """The state of the policy: whether capture is paused."""
@@ -48,11 +44,11 @@ class BackPressure:
         self._limits = limits
         self.paused = False
 
-    def grants(self, rank: int, num_in_flight: int, resident_bytes: int, estimated_bytes: int) -> bool:
-        """May the open slot with ``rank`` (0: the first that is not acked) be captured?
+    def grants(self, in_next_step: bool, num_in_flight: int, resident_bytes: int, estimated_bytes: int) -> bool:
+        """May one more sample be captured? ``in_next_step``: the next optimizer step needs it.
 
-        ``num_in_flight`` counts samples that are leased or wait for their ack, ``resident_bytes`` everything that is
-        leased or stored, ``estimated_bytes`` what this sample adds.
+        ``num_in_flight`` counts samples of the window that are leased or captured, ``resident_bytes`` everything that
+        is leased or stored, ``estimated_bytes`` what this sample adds.
         """
         limits = self._limits
         budget = limits.max_resident_bytes
@@ -62,4 +58,4 @@ class BackPressure:
             low = limits.low_watermark
             few = num_in_flight < low * limits.window_slots
             self.paused = not (few and (budget is None or resident_bytes + estimated_bytes <= low * budget))
-        return rank < limits.step_slots or not self.paused
+        return in_next_step or not self.paused

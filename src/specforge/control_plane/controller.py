@@ -93,6 +93,7 @@ class DataFlowController:
         self._changed = threading.Condition()
         self._lease_calls: OrderedDict[str, list[Attempt]] = OrderedDict()
         self._numbers = RunNumbers()
+        self._dead: set[str] = set()
         self._started = False
         self._drained = False
         self._stopped = False
@@ -114,9 +115,9 @@ class DataFlowController:
                     f"the checkpoint covers {position.num_slots} slots at step {position.step}, but the run has "
                     f"{self._order.total}; resume with the configuration that the run was started with"
                 )
-            limits = self._settings.window_slots
+            window_slots = self._settings.window_slots
             found = reconcile(
-                self._store, self._features, self._order, Checkpointed(position, state), limits, live_workers
+                self._store, self._features, self._order, Checkpointed(position, state), window_slots, live_workers
             )
             deadline = self._clock() + self._settings.lease_s
             tasks = self._tasks.at([item.attempt.sample for item in found.kept])
@@ -124,7 +125,7 @@ class DataFlowController:
                 InFlight.adopted(item, task.sample_id, deadline, self._estimate_bytes(task.index))
                 for item, task in zip(found.kept, tasks, strict=True)
             ]
-            self._window.suspects = self._store.crashed(SUSPECT_AFTER)
+            self._window.crashes = self._store.crashed(1)
             self._window.start(found.first_slot, found.trained, found.quarantines, adopted)
             self._numbers.resume(self._store.counts())
             self._started = True
@@ -149,7 +150,8 @@ class DataFlowController:
         while True:
             with self._changed:
                 self._start()
-                if self._ended:
+                # A dead worker's last request may come after the news of its death.
+                if self._ended or worker_id in self._dead:
                     return LeaseReply((), finished=True)
                 if cancelled():
                     return LeaseReply((), finished=False)
@@ -177,19 +179,22 @@ class DataFlowController:
             found = [self._find(ref) for ref in refs]
             known = [(index, ref) for index, ref in zip(found, refs, strict=True) if index is not None]
 
-            def work() -> tuple[list[bool], dict[int, SampleRef], list[tuple[int, InFlight, SampleRef]]]:
+            def work() -> tuple[list[bool], dict[int, SampleRef], list[int], list[tuple[int, InFlight, SampleRef]]]:
                 accepted = self._store.commit(known)
                 fresh = {
                     index: ref
                     for (index, ref), ok in zip(known, accepted, strict=True)
                     if ok and index in self._window.leases
                 }
-                return accepted, fresh, self._dispatch_ready(fresh)
+                self._store.acquit(acquitted := [index for index in fresh if index in self._window.crashes])
+                return accepted, fresh, acquitted, self._dispatch_ready(fresh)
 
-            accepted, fresh, ready = self._store.transact(work)
+            accepted, fresh, acquitted, ready = self._store.transact(work)
             fault_point("controller.committed")
             for index, ref in fresh.items():
                 self._window.commit(index, ref)
+            for index in acquitted:
+                del self._window.crashes[index]
             answers = iter(accepted)
             reply = tuple(index is not None and next(answers) for index in found)
             self._numbers.num_commits += len(fresh)
@@ -226,6 +231,7 @@ class DataFlowController:
             self._start()
             samples = self._window.leased_by(worker_id)
             if reason is not None:
+                self._dead.add(worker_id)
                 self._crash(samples, reason)
             elif samples:
                 self._store.requeue([sample.attempt for sample in samples])
@@ -272,7 +278,7 @@ class DataFlowController:
                 self._window.retire(sample)
             self._numbers.checkpointed(step)
         self._free(covered)
-        self._features.gc()
+        self.collect()
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint must say besides the position, as JSON: the quarantines."""
@@ -378,23 +384,18 @@ class DataFlowController:
             for sample, attempt in zip(held, attempts, strict=True)
             if sample is not None and sample.generation == attempt.generation
         ]
-        return self._given_again(still)
-
-    def _given_again(self, samples: Sequence[InFlight]) -> tuple[Lease, ...]:
-        tasks = self._tasks.at([sample.index for sample in samples]) if samples else []
-        for sample in samples:
-            sample.is_adopted, sample.deadline = False, self._clock() + self._settings.lease_s
-        return tuple(self._lease_of(task, sample) for task, sample in zip(tasks, samples, strict=True))
+        tasks = self._tasks.at([sample.index for sample in still]) if still else []
+        return tuple(self._lease_of(task, sample) for task, sample in zip(tasks, still, strict=True))
 
     def _lease(self, worker_id: str, max_tasks: int, key: str) -> tuple[Lease, ...]:
         held = self._window.leased_by(worker_id)
-        again = [sample for sample in held if sample.is_adopted]
-        if again:
+        if again := [sample for sample in held if sample.is_adopted]:
             # A worker asks when it has nothing left: the answer that gave it these was lost with an earlier controller.
-            again.sort(key=lambda sample: self._window.first_slot_of(sample.index))
-            self._remember(key, again)
-            return self._given_again(again)
-        if any(sample.index in self._window.suspects for sample in held):
+            self._store.requeue([sample.attempt for sample in again])
+            for sample in again:
+                self._window.give_back(sample.index)
+            held = [sample for sample in held if not sample.is_adopted]
+        if any(self._window.is_suspect(sample.index) for sample in held):
             return ()
         taken = self._window.take(max_tasks, idle=not held)
         if not taken:
@@ -449,11 +450,10 @@ class DataFlowController:
         self._numbers.num_crashes += 1
         for sample, num in zip(samples, num_crashes, strict=True):
             self._window.give_back(sample.index)
-            if num >= SUSPECT_AFTER:
-                self._window.suspects[sample.index] = num
+            self._window.crashes[sample.index] = num
         for sample, num in zip(samples, num_crashes, strict=True):
             num_alone = num - SUSPECT_AFTER
-            if num_alone >= self._settings.max_crash_attempts and self._window.has_open_slot(sample.index):
+            if num_alone >= self._settings.max_crash_attempts:
                 self._quarantine(
                     sample.index,
                     f"{num} workers died while they held it, {num_alone} of them while they held nothing else; "
@@ -503,6 +503,8 @@ class DataFlowController:
             self._writer.close()
 
     def _quarantine(self, index: int, reason: str) -> None:
+        if not self._window.has_open_slot(index):
+            return  # an adopted lease of a slot to come: it is decided when that slot opens
         quarantine = Quarantine(index, self._window.first_slot_of(index), None, reason)
         self._store.quarantine(index, quarantine.from_slot, reason)
         self._window.quarantine(quarantine)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from specforge.control_plane.base import Features
@@ -62,21 +63,22 @@ def reconcile(
     first, trained, quarantines, in_flight = store.transact(rewind)
     readable = _readable(features, in_flight)
     # What was committed may be wanted by slots beyond the window: with release = at_checkpoint it stays that long.
-    wanted = _samples_of(order, first, window_slots + len(readable))
+    slots = _slots_to_come(order, first, {*trained}, quarantines)
+    soon = {order.index_at(slot) for slot in islice(slots, window_slots)}
+    later = {order.index_at(slot) for slot in islice(slots, len(readable))}
     kept: list[LiveAttempt] = []
     void: list[Attempt] = []
     gone: list[Attempt] = []
     unwanted: list[Attempt] = []
     for item in in_flight:
-        is_wanted = item.attempt.sample in wanted
         if item.ref is None:
-            if is_wanted and item.worker_id in live_workers:
+            if item.attempt.sample in soon and item.worker_id in live_workers:
                 kept.append(item)
             else:
                 void.append(item.attempt)
         elif not readable[item.attempt]:
             gone.append(item.attempt)
-        elif is_wanted:
+        elif item.attempt.sample in soon or item.attempt.sample in later:
             kept.append(item)
         else:
             unwanted.append(item.attempt)
@@ -96,5 +98,13 @@ def _readable(features: Features, in_flight: Sequence[LiveAttempt]) -> dict[Atte
     return {attempt: is_live for (attempt, _), is_live in zip(committed, live, strict=True)}
 
 
-def _samples_of(order: SampleOrder, first_slot: int, num_slots: int) -> set[int]:
-    return {order.index_at(slot) for slot in range(first_slot, min(order.total, first_slot + num_slots))}
+def _slots_to_come(
+    order: SampleOrder, first_slot: int, trained: set[int], quarantines: Sequence[Quarantine]
+) -> Iterator[int]:
+    skipped: dict[int, list[Quarantine]] = {}
+    for quarantine in quarantines:
+        skipped.setdefault(quarantine.index, []).append(quarantine)
+    for slot in range(first_slot, order.total):
+        skips = skipped.get(order.index_at(slot), ())
+        if slot not in trained and not any(quarantine.covers(slot) for quarantine in skips):
+            yield slot

@@ -49,8 +49,8 @@ class InFlight:
 
 
 class CaptureWindow:
-    """Slots ``[first_open, end)`` may be captured. In strict order those below ``next_dispatch`` have been given to
-    the trainer; in arrival order any of them may have been.
+    """The open slots of ``[first_open, end)`` may be captured: ``window_slots`` of them, what is acked or skipped not
+    counted. In strict order those below ``next_dispatch`` have been given to the trainer; in arrival order any.
     """
 
     def __init__(
@@ -63,13 +63,14 @@ class CaptureWindow:
         self._in_order = in_order
         self.in_flight: dict[int, InFlight] = {}
         self.leases: dict[int, InFlight] = {}
-        self.suspects: dict[int, int] = {}
+        self.crashes: dict[int, int] = {}
         self.retained: dict[int, int] = {}
         self.resident_bytes = 0
         self.first_open = self.next_dispatch = self.end = 0
         self._quarantines: dict[int, list[Quarantine]] = {}
         self._index_of: dict[str, int] = {}
         self._open_slots: dict[int, list[int]] = {}
+        self._num_open = 0
         self._dispatched: set[int] = set()
         self._acked: set[int] = set()
         self._to_capture: list[tuple[int, int]] = []
@@ -117,14 +118,17 @@ class CaptureWindow:
         taken: list[tuple[int, int]] = []
         passed: list[tuple[int, int]] = []
         bytes_taken = 0
+        num_in_flight = sum(index in self._open_slots for index in self.in_flight)
+        step_end = self._step_end()
+        self._pressure.grants(False, num_in_flight, self.resident_bytes, 0)
         while self._to_capture and len(taken) < max_samples:
             slot, index = self._to_capture[0]
             estimate = self._estimate_bytes(index)
-            num_in_flight = len(self.in_flight) - len(self.retained) + len(taken)
-            if not self._pressure.grants(self._rank(slot), num_in_flight, self.resident_bytes + bytes_taken, estimate):
+            resident = self.resident_bytes + bytes_taken
+            if not self._pressure.grants(slot < step_end, num_in_flight + len(taken), resident, estimate):
                 break
             entry = heapq.heappop(self._to_capture)
-            if index in self.suspects:
+            if self.is_suspect(index):
                 if not idle or taken:
                     passed.append(entry)
                     continue
@@ -135,6 +139,9 @@ class CaptureWindow:
         for entry in passed:
             heapq.heappush(self._to_capture, entry)
         return taken
+
+    def is_suspect(self, index: int) -> bool:
+        return self.crashes.get(index, 0) >= SUSPECT_AFTER
 
     def give_back(self, index: int) -> None:
         """A taken, expired or failed sample waits for its capture again."""
@@ -213,6 +220,7 @@ class CaptureWindow:
             index = self._order.index_at(slot)
             still_open = self._open_slots[index]
             still_open.remove(slot)
+            self._num_open -= 1
             if not still_open:
                 del self._open_slots[index]
 
@@ -233,20 +241,18 @@ class CaptureWindow:
                 self.first_open += 1
             # Skipped slots have no entry in ``_dispatched``: what is behind the window is behind the next dispatch too.
             self.next_dispatch = max(self.next_dispatch, self.first_open)
-            end = self._limits.window_end(self.first_open, self._order.total)
-            if end <= self.end:
+            if self._num_open >= self._limits.window_slots or self.end == self._order.total:
                 break
-            for slot in range(self.end, end):
-                self._open(slot)
-            self.end = end
+            self._open(self.end)
+            self.end += 1
         self.dispatched(())
 
     def quarantine(self, quarantine: Quarantine) -> None:
         """Skip the open slots of a sample that waits for its capture."""
         index = quarantine.index
         self._quarantines.setdefault(index, []).append(quarantine)
-        self.suspects.pop(index, None)
-        del self._open_slots[index]
+        self.crashes.pop(index, None)
+        self._num_open -= len(self._open_slots.pop(index))
         self._to_capture = [entry for entry in self._to_capture if entry[1] != index]
         heapq.heapify(self._to_capture)
         self.advance()
@@ -270,13 +276,15 @@ class CaptureWindow:
         if slot in self._acked or self._skips(slot, index):
             return
         self._open_slots.setdefault(index, []).append(slot)
+        self._num_open += 1
         self.retained.pop(index, None)
         if index not in self.in_flight and len(self._open_slots[index]) == 1:
             heapq.heappush(self._to_capture, (slot, index))
 
-    def _rank(self, slot: int) -> int:
-        """How many slots before ``slot`` wait for their ack."""
-        return slot - self.first_open - sum(acked < slot for acked in self._acked)
+    def _step_end(self) -> int:
+        """The open slots before this one are those of the next optimizer step."""
+        open_slots = (slot for slots in self._open_slots.values() for slot in slots)
+        return max(heapq.nsmallest(self._limits.step_slots, open_slots), default=-1) + 1
 
     def _skips_slot(self, slot: int) -> bool:
         return bool(self._quarantines) and self._skips(slot, self._order.index_at(slot))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +52,7 @@ from specforge.data_plane.config import LocalStore, SharedMemoryStore
 from specforge.data_plane.loader import FeatureDataLoader, LoaderSettings, RefSource
 from specforge.data_plane.local import LocalFeatureStore
 from specforge.data_plane.prefetch import PrefetchIterator
-from specforge.data_plane.shared_memory import SharedMemoryFeatureStore, collect_orphans
+from specforge.data_plane.shared_memory import SHARED_MEMORY, SharedMemoryFeatureStore, collect_orphans
 from specforge.errors import ConfigError
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.rollout import RolloutSettings, RolloutWorker
@@ -88,6 +89,8 @@ from specforge.training.trainer import Ledger, Trainable, Trainer, TrainerSettin
 
 MAX_LEASES = 8
 """Samples that a rollout worker leases at a time."""
+ARENA_OVERHEAD = 1.1
+"""The file of an arena is larger than its capacity, by less than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +158,7 @@ def build_disagg_online_runtime(
         endpoint = Endpoint.open(config.control_plane.host, config.control_plane.port)
         resources.callback(endpoint.close)
         resources.callback(collect_orphans, run_id(config))
-        if not resume:
-            collect_orphans(run_id(config))
+        make_room(config, inputs.plan, resume)
         resolved = resolve(config, inputs.plan)
         config_file = config.run_dir / RESOLVED_FILE
         dump_run_config(resolved, config_file)
@@ -168,6 +170,20 @@ def build_disagg_online_runtime(
         ]
         runtime = HostRuntime(HostExecutor(endpoint, config.launch.restarts, command), children, resources.pop_all())
     return runtime
+
+
+def make_room(config: RunConfig, plan: Plan, resume: bool) -> None:
+    """Free what an earlier start of the run left in shared memory, as far as it is not wanted any more.
+
+    A resumed run takes up features that can still be read, unless the new arenas would find no room beside them.
+    """
+    if resume:
+        with contextlib.closing(SharedMemoryFeatureStore.attach(run_id(config))) as store:
+            store.gc()
+        needed = len(capture_names(config)) * (plan.store_capacity_bytes or 0)
+        if shutil.disk_usage(SHARED_MEMORY).free > needed * ARENA_OVERHEAD:
+            return
+    collect_orphans(run_id(config))
 
 
 def run_disagg_online_interleaved(config: RunConfig, *, resume: bool = False) -> TrainOutcome:

@@ -204,7 +204,7 @@ class HostExecutor:
         self._results[place.spec.name] = report.fields if report is not None else {}
         if is_train:
             self._is_serving = False
-            self._is_finished = code == 0 and report is not None and report.event == "finished"
+            self._is_finished = report is not None and report.event == "finished"
         if self._ending:
             return
         if not is_train:

@@ -328,7 +328,7 @@ class MetadataStoreSuite:
         for move in (lambda: store.lease([0], "w0"), lambda: store.quarantine(0, 9, "again")):
             with pytest.raises(InvalidTransition):
                 move()
-        store.rewind(Position(0, 0), self.index_at, [])
+        store.rewind(Position(8, 2), self.index_at, [])
         assert store.quarantines() == [Quarantine(0, 7, None, "poison")]
         assert store.sample(0).state is SampleState.QUARANTINED
         assert store.sample(0).reason == "poison"

@@ -33,7 +33,7 @@ ILLEGAL = [
     "UPDATE samples SET state = 'pending' WHERE idx = 0",
     "UPDATE samples SET num_failures = -1 WHERE idx = 0",
     "UPDATE samples SET num_failures = 0 WHERE idx = 2",
-    "UPDATE samples SET num_crashes = 0 WHERE idx = 2",
+    "UPDATE samples SET num_crashes = -1 WHERE idx = 2",
     "UPDATE samples SET state = 'odd' WHERE idx = 2",
     "UPDATE samples SET state = 'leased' WHERE idx = 2",
     "UPDATE samples SET state = 'quarantined' WHERE idx = 2",

@@ -10,14 +10,27 @@ from specforge.errors import ConfigError
 
 def test_capture_pauses_at_the_high_and_goes_on_at_the_low_watermark():
     pressure = BackPressure(Credits(window_slots=10, step_slots=2, max_resident_bytes=100, low_watermark=0.5))
-    assert pressure.grants(5, 4, 80, 10)
-    assert not pressure.grants(5, 4, 95, 10)
-    assert not pressure.grants(5, 4, 80, 10), "paused, and not below the low watermark"
-    assert pressure.grants(1, 4, 80, 10), "the next step is always granted"
-    assert pressure.grants(5, 4, 40, 10)
-    assert not pressure.grants(5, 10, 0, 10)
-    assert not pressure.grants(5, 5, 0, 10)
-    assert pressure.grants(5, 4, 0, 10)
+    assert pressure.grants(False, 4, 80, 10)
+    assert not pressure.grants(False, 4, 95, 10)
+    assert not pressure.grants(False, 4, 80, 10), "paused, and not below the low watermark"
+    assert pressure.grants(True, 4, 80, 10), "the next step is always granted"
+    assert pressure.grants(False, 4, 40, 10)
+    assert not pressure.grants(False, 10, 0, 10)
+    assert not pressure.grants(False, 5, 0, 10)
+    assert pressure.grants(False, 4, 0, 10)
+
+
+def test_a_full_window_pauses_capture_until_it_has_emptied():
+    run = Run(InMemoryMetadataStore(), num_samples=12, window_slots=8, low_watermark=0.5)
+    run.commit(run.lease())
+    assert run.lease() == []
+    refs = run.poll()
+    run.train(refs[:2], 1)
+    assert run.lease() == []
+    run.train(refs[2:4], 2)
+    assert run.lease() == [], "half of the window is not below the low watermark"
+    run.train(refs[4:6], 3)
+    assert len(run.lease()) == 4
 
 
 @pytest.mark.parametrize("low", [0.1, 0.5, 1.0])
@@ -32,8 +45,3 @@ def test_watermarks_that_make_no_sense_are_refused():
         Credits(4, 2, None, 0.0)
     with pytest.raises(ConfigError, match="raise it to 8 or more"):
         Credits(4, 8, None)
-
-
-def test_the_window_ends_a_number_of_slots_behind_the_first_that_is_not_acked():
-    assert Credits(8, 2, None).window_end(first_open=4, total=10) == 10
-    assert Credits(8, 2, None).window_end(first_open=1, total=10) == 9

@@ -40,7 +40,7 @@ class ControllerMachine(RuleBasedStateMachine):
         self.options |= {"max_attempts": 10**6, "max_crash_attempts": 10**6, "epochs": EPOCHS, "seed": 3}
         self.store, self.features, self.model = InMemoryMetadataStore(), NamedFeatures(), Model()
         self.newest, self.held, self.late, self.adopted, self.num_calls = {}, [], [], [], 0
-        self.all_leases = {}
+        self.all_leases, self.num_deaths = {}, dict.fromkeys(WORKERS, 0)
         self.start(live_workers=())
 
     def start(self, live_workers):
@@ -49,8 +49,12 @@ class ControllerMachine(RuleBasedStateMachine):
         self.run.controller.resume(position, live_workers=live_workers)
         self.received, self.last = [], ([], 0)
 
+    def name(self, worker):
+        return f"{worker}.{self.num_deaths[worker]}"
+
     @rule(worker=st.sampled_from(WORKERS), n=st.integers(1, 4))
     def lease(self, worker, n):
+        worker = self.name(worker)
         if any(lease in self.adopted for name, _, lease in self.held if name == worker):
             return  # a worker asks when it has nothing of an earlier controller left
         self.num_calls += 1
@@ -58,8 +62,7 @@ class ControllerMachine(RuleBasedStateMachine):
         if leases:
             assert self.run.lease(n, worker, str(self.num_calls)) == leases
         for lease in leases:
-            assert lease.generation > self.newest.get(lease.task.sample_id, 0) or lease in self.adopted
-            self.adopted = [other for other in self.adopted if other != lease]
+            assert lease.generation > self.newest.get(lease.task.sample_id, 0)
             self.newest[lease.task.sample_id] = lease.generation
             self.all_leases[lease.task.sample_id, lease.generation] = lease
             self.held.append((worker, self.run.now + LEASE_S, lease))
@@ -85,10 +88,15 @@ class ControllerMachine(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from(WORKERS), reason=st.sampled_from([None, "killed"]), stored=st.booleans())
     def worker_goes(self, worker, reason, stored):
+        """A worker that died comes back with another name."""
+        worker = self.name(worker)
         mine = [item for item in self.held if item[0] == worker]
         if stored:
             self.features.put([(lease.task.sample_id, lease.generation) for _, _, lease in mine])
         self.run.controller.leave(worker, reason)
+        if reason is not None:
+            assert self.run.controller.lease(worker, 1, 60.0).finished
+            self.num_deaths[worker.split(".")[0]] += 1
         self.held = [item for item in self.held if item[0] != worker]
         self.late += [lease for _, _, lease in mine]
 
@@ -124,6 +132,7 @@ class ControllerMachine(RuleBasedStateMachine):
     @rule(living=st.sets(st.sampled_from(WORKERS)), lost=st.integers(0, 3), unanswered=st.booleans())
     def trainer_dies(self, living, lost, unanswered):
         """Some features are gone too. ``unanswered``: no worker has heard what it was leased."""
+        living = {self.name(worker) for worker in living}
         self.model.crash()
         self.features.abort(self.features.stored()[:lost])
         self.start(living)

@@ -187,6 +187,10 @@ class MetadataStore(Protocol):
         quarantined. Costs as much as there are such samples."""
         ...
 
+    def acquit(self, indices: Sequence[int]) -> None:
+        """Crashes of these samples count from 0 again: a worker captured them and lived."""
+        ...
+
     def commit(self, refs: Sequence[tuple[int, SampleRef]]) -> list[bool]:
         """LEASED with the ref's generation -> COMMITTED: True. Repeated for features accepted before: True.
 
@@ -199,12 +203,14 @@ class MetadataStore(Protocol):
         ...
 
     def quarantine(self, index: int, from_slot: int, reason: str) -> None:
-        """PENDING -> QUARANTINED: the slots of this sample numbered ``from_slot`` or higher are skipped."""
+        """PENDING -> QUARANTINED: the slots of this sample numbered ``from_slot`` or higher are skipped. It takes the
+        place of an open quarantine that begins later.
+        """
         ...
 
     def retry(self, index: int, to_slot: int) -> None:
-        """QUARANTINED -> PENDING: its slots below ``to_slot`` stay skipped (none, where that is not beyond the first).
-        Failures and crashes count from 0 again.
+        """End the open quarantine: QUARANTINED -> PENDING. Slots below ``to_slot`` stay skipped (none, where that is
+        not beyond the first of them). Failures and crashes count from 0 again.
         """
         ...
 
@@ -245,7 +251,8 @@ class MetadataStore(Protocol):
         includes slots of whose training the ledger had not heard; ``sample_of`` gives the prompt index of a slot
         number. In arrival order the ledger must know all ``to.num_slots`` of them (``DataError``). ``quarantines``
         are those of the checkpoint: entered where the ledger has none of that sample and slot, in which case the
-        sample becomes QUARANTINED if the quarantine is open. Where both have an open one, the ledger's stays.
+        sample becomes QUARANTINED if the quarantine is open. Where both have an open one, the ledger's stays. A sample
+        whose open quarantine begins beyond the checkpoint becomes PENDING: its open slots before that are trained.
         """
         ...
 

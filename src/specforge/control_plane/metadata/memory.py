@@ -158,6 +158,11 @@ class InMemoryMetadataStore:
                 if sample.num_crashes >= at_least and sample.state is not SampleState.QUARANTINED
             }
 
+    def acquit(self, indices: Sequence[int]) -> None:
+        with self._lock:
+            for index in indices:
+                self._sample(index).num_crashes = 0
+
     def commit(self, refs: Sequence[tuple[int, SampleRef]]) -> list[bool]:
         with self._lock:
             samples = [(self._sample(index), ref) for index, ref in refs]
@@ -183,15 +188,29 @@ class InMemoryMetadataStore:
         with self._lock:
             sample = self._in_state(index, SampleState.PENDING)
             sample.state, sample.reason = SampleState.QUARANTINED, reason
+            self._quarantines.pop(next(self._open_keys(index), (index, from_slot)), None)
             self._quarantines[index, from_slot] = Quarantine(index, from_slot, None, reason)
 
     def retry(self, index: int, to_slot: int) -> None:
         with self._lock:
-            sample = self._in_state(index, SampleState.QUARANTINED)
+            key = next(self._open_keys(index), None)
+            if key is None:
+                raise InvalidTransition(f"retry: sample {index} is not quarantined")
+            sample = self._in_state(index, SampleState.QUARANTINED, SampleState.PENDING)
             sample.state, sample.num_failures, sample.num_crashes = SampleState.PENDING, 0, 0
-            for key, item in self._quarantines.items():
-                if item.index == index and item.to_slot is None:
-                    self._quarantines[key] = replace(item, to_slot=max(item.from_slot, to_slot))
+            item = self._quarantines[key]
+            self._quarantines[key] = replace(item, to_slot=max(item.from_slot, to_slot))
+
+    def _open_keys(self, index: int) -> Iterator[tuple[int, int]]:
+        return (key for key, item in self._quarantines.items() if item.index == index and item.to_slot is None)
+
+    def _restore(self, to: Position) -> None:
+        """What is set aside only beyond the checkpoint can be captured before that."""
+        for item in self._quarantines.values():
+            if item.to_slot is None and item.from_slot > (to.num_slots if to.prefix else 0):
+                sample = self._sample(item.index)
+                if sample.state is SampleState.QUARANTINED:
+                    sample.state = SampleState.PENDING
 
     def quarantines(self) -> list[Quarantine]:
         with self._lock:
@@ -249,6 +268,7 @@ class InMemoryMetadataStore:
                 steps = [row.step for row in self._slots.values() if row.step is not None]
                 check_position(sum(step <= to.step for step in steps), to)
             self._enter(quarantines)
+            self._restore(to)
             if to.prefix:
                 self._rewind_prefix(to, sample_of)
             else:
@@ -324,7 +344,7 @@ class InMemoryMetadataStore:
                 num_samples=self.num_tasks(),
                 num_leased=self._count(SampleState.LEASED),
                 num_committed=self._count(SampleState.COMMITTED),
-                num_quarantined=self._count(SampleState.QUARANTINED),
+                num_quarantined=sum(item.to_slot is None for item in self._quarantines.values()),
                 num_slots_dispatched=len(self._slots) - len(trained),
                 num_slots_trained=len(trained),
                 num_slots_durable=sum(step <= self._durable_step for step in steps),

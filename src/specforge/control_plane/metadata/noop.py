@@ -101,6 +101,7 @@ class NoOpMetadataStore(InMemoryMetadataStore):
             if not to.prefix:
                 check_position(0, to)
             self._enter(quarantines)
+            self._restore(to)
             self._slots.clear()
             self._not_durable.clear()
             self._trained = bytearray(len(self._trained))
@@ -130,7 +131,7 @@ class NoOpMetadataStore(InMemoryMetadataStore):
                 num_samples=self.num_tasks(),
                 num_leased=self._count(SampleState.LEASED),
                 num_committed=self._count(SampleState.COMMITTED),
-                num_quarantined=self._count(SampleState.QUARANTINED),
+                num_quarantined=sum(item.to_slot is None for item in self._quarantines.values()),
                 num_slots_dispatched=len(self._slots),
                 num_slots_trained=self._num_slots_trained,
                 num_slots_durable=self._num_slots_durable,

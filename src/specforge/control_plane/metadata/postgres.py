@@ -43,6 +43,7 @@ class PostgresDatabase(Database):
         self._tokens: set[str] = set()
         """Those that can be the last transaction of the ledger: any other is one of another process."""
         self._answer: tuple[str, object] | None = None
+        self._lost_outcome: ControlPlaneError | None = None
         """Token and result of the transaction that is being committed."""
         connect = _postgres_connector(url, name, read_only=read_only)
         engine = sa.create_engine("postgresql+psycopg://", creator=connect, poolclass=sa.pool.NullPool)
@@ -103,6 +104,8 @@ class PostgresDatabase(Database):
         return not self.connection.scalar(count, {"name": self._name})
 
     def _run(self, work: Callable[[], ResultT], writes: bool) -> ResultT:
+        if self._lost_outcome is not None:
+            raise ControlPlaneError(str(self._lost_outcome))
         patience: _Patience | None = None
         self._answer = None
         while True:
@@ -118,10 +121,14 @@ class PostgresDatabase(Database):
                 self._disconnect()
                 patience = patience or _Patience(self._retry_s)
                 if not patience.wait():
-                    raise ControlPlaneError(
+                    gone = ControlPlaneError(
                         f"the ledger {self.label} could not be reached for {self._retry_s:g} s "
                         f"({first_line(error.orig)}); start its server, then resume the run"
-                    ) from error
+                    )
+                    if self._answer is not None:
+                        # Nobody knows whether the transaction happened: only a reconciliation, at a restart, can tell.
+                        self._lost_outcome = gone
+                    raise gone from error
 
     def _is_lost(self, error: sa.exc.DBAPIError) -> bool:
         """Whether ``error`` says that there is no connection: it broke, or could not be made."""

@@ -145,9 +145,9 @@ _TRIGGERS: dict[str, tuple[str, str, str]] = {
         "BEFORE UPDATE OF generation, num_failures, num_crashes ON samples",
         (
             "NEW.generation < OLD.generation"
-            " OR ((NEW.num_failures < OLD.num_failures OR NEW.num_crashes < OLD.num_crashes)"
-            " AND NOT (OLD.state = 'quarantined' AND NEW.state = 'pending'"
-            " AND NEW.num_failures = 0 AND NEW.num_crashes = 0))"
+            " OR (NEW.num_crashes < OLD.num_crashes AND NEW.num_crashes <> 0)"
+            " OR (NEW.num_failures < OLD.num_failures AND NOT (OLD.state = 'quarantined'"
+            " AND NEW.state = 'pending' AND NEW.num_failures = 0))"
         ),
         "attempts only grow",
     ),

@@ -200,6 +200,10 @@ class SqlMetadataStore:
         return {row.idx: row.num_crashes for row in self._connection.execute(sql.CRASHED, {"at_least": at_least})}
 
     @_writes
+    def acquit(self, indices: Sequence[int]) -> None:
+        self._execute(sql.ACQUIT, [{"at_idx": index} for index in indices])
+
+    @_writes
     def commit(self, refs: Sequence[tuple[int, SampleRef]]) -> list[bool]:
         known = {row.idx: row for row in self._at(sql.LIVE_AT, [index for index, _ in refs])}
         at_rest = [index for index, _ in refs if index not in known]
@@ -225,6 +229,7 @@ class SqlMetadataStore:
 
     @_writes
     def quarantine(self, index: int, from_slot: int, reason: str) -> None:
+        self._execute(sql.FORGET_OPEN_QUARANTINE, [{"at_idx": index}])
         self._enter_quarantine(Quarantine(index, from_slot, None, reason))
         row = {"at_idx": index, "at_from_slot": from_slot, "to_reason": reason}
         self._guarded(sql.QUARANTINE, [row], f"quarantine: sample {index} is not pending")
@@ -238,6 +243,7 @@ class SqlMetadataStore:
 
     @_writes
     def retry(self, index: int, to_slot: int) -> None:
+        self._execute(sql.SET_ASIDE_AGAIN, [{"at_idx": index}])
         self._guarded(sql.RETRY, [{"at_idx": index}], f"retry: sample {index} is not quarantined")
         self._guarded(sql.END_QUARANTINE, [{"at_idx": index, "at_to_slot": to_slot}], "retry: no open quarantine")
 
@@ -299,6 +305,7 @@ class SqlMetadataStore:
                 self._execute(sql.PUT_BACK, [at])
                 row = {**at, "at_from_slot": quarantine.from_slot, "to_reason": quarantine.reason}
                 self._guarded(sql.QUARANTINE, [row], f"rewind: sample {quarantine.index} is not pending")
+        self._execute(sql.RESTORE, [{"last_slot": to.num_slots if to.prefix else 0}])
         if to.prefix:
             self._execute(sql.DROP_ACKS_FROM, [{"from_slot": to.num_slots}])
             self._execute(sql.LOWER_STEPS, [{"last_step": to.step}])

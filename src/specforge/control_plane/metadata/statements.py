@@ -70,6 +70,23 @@ RETRY = (
     .where(samples.c.idx == _AT, samples.c.state == _QUARANTINED)
     .values(state=_PENDING, quarantined_from=sa.null(), num_failures=_ZERO, num_crashes=_ZERO)
 )
+SET_ASIDE_AGAIN = (
+    samples.update()
+    .where(samples.c.idx == _AT, samples.c.state == _PENDING)
+    .values(
+        state=_QUARANTINED,
+        quarantined_from=select(quarantines.c.from_slot)
+        .where(quarantines.c.idx == _AT, quarantines.c.to_slot.is_(None))
+        .scalar_subquery(),
+    )
+)
+FORGET_OPEN_QUARANTINE = quarantines.delete().where(quarantines.c.idx == _AT, quarantines.c.to_slot.is_(None))
+ACQUIT = samples.update().where(samples.c.idx == _AT).values(num_crashes=_ZERO)
+RESTORE = (
+    samples.update()
+    .where(samples.c.state == _QUARANTINED, samples.c.quarantined_from > bindparam("last_slot", type_=SlotNumber))
+    .values(state=_PENDING, quarantined_from=sa.null())
+)
 _TO_SLOT = sa.cast(bindparam("at_to_slot"), SlotNumber)
 END_QUARANTINE = (
     quarantines.update()
