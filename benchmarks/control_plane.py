@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime as dt
 import json
 import multiprocessing
 import os
+import platform
 import secrets
 import statistics
 import tempfile
@@ -262,7 +264,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for key, value in figures.items():
         print(f"{key:32} {value:12,.3f}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        where = {
+            "date": dt.datetime.now(dt.UTC).date().isoformat(),
+            "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        }
+        arguments.json.write_text(json.dumps(where | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

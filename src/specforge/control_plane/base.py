@@ -84,7 +84,8 @@ class CaptureControl(Protocol):
 
     def leave(self, worker_id: str, reason: str | None) -> None:
         """The worker is gone, or goes now: its leases are given to others. ``reason`` None: in good order; else it died
-        or its engine broke, which is counted as a crash of every sample that it held.
+        or its engine broke, which is counted as a crash of every sample that it held; it is given nothing any more, and
+        a successor takes another id.
         """
         ...
 
