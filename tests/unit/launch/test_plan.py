@@ -135,7 +135,10 @@ def test_each_run_has_a_schema_of_its_own_in_postgres():
             {"topology": "disaggregated", "control_plane": {"order": "arrival", "ledger": {"kind": "memory"}}},
             "is memory, which does not outlive",
         ),
-        ({"topology": "disaggregated", "control_plane": {"ledger": {"kind": "none"}}}, "is none, which does not outlive"),
+        (
+            {"topology": "disaggregated", "control_plane": {"ledger": {"kind": "none"}}},
+            "is none, which does not outlive",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_the_topology_are_refused(sections, message):
