@@ -41,13 +41,13 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def named(value: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, Any]]:
-    """Rows of ``flat(value)`` that ``names`` (dotted key -> words) lists, in its order; sizes (``_bytes``) with a unit.
+    """Rows of ``flat(value)`` that ``names`` (dotted key -> words) lists, in its order; sizes (``_bytes`` in the key) with a unit.
 
     Keys that ``value`` lacks are left out.
     """
     found = dict(flat(value))
     return [
-        (words, shown_bytes(found[key]) if key.endswith("_bytes") and isinstance(found[key], int) else found[key])
+        (words, shown_bytes(found[key]) if "_bytes" in key and isinstance(found[key], int) else found[key])
         for key, words in names.items()
         if key in found
     ]
