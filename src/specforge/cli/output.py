@@ -41,7 +41,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def named(value: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, Any]]:
-    """Rows of ``flat(value)`` that ``names`` (dotted key -> words) lists, in its order; sizes (``_bytes`` in the key) with a unit.
+    """Rows of ``flat(value)`` that ``names`` (dotted key -> words) lists, in its order; sizes have a unit (``_bytes``).
 
     Keys that ``value`` lacks are left out.
     """
