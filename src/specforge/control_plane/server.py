@@ -51,9 +51,8 @@ class ControlPlaneServer:
 
     def start(self) -> None:
         """Returns when the server answers."""
-        listener = _listen(*self._address) if self._listener is None else self._listener
-        host, port = listener.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
+        listener = listen(*self._address) if self._listener is None else self._listener
+        self.url = url_of(listener)
         config = uvicorn.Config(
             self._gate,
             loop="asyncio",
@@ -106,7 +105,8 @@ class _Server(uvicorn.Server):
         self.answering.set()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any free one. An address that cannot be listened on is a ``ConfigError``."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=512)
@@ -115,6 +115,11 @@ def _listen(host: str, port: int) -> socket.socket:
             f"the control-plane server cannot listen on {host} port {port} ({error.strerror}); "
             "choose another address, or port 0 for any free one"
         ) from error
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
 
 
 def _is_loopback(host: str) -> bool:

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 from typing import Self
 
-from specforge.errors import ConfigError
+from specforge.control_plane.server import listen, url_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +24,8 @@ class Endpoint:
     @classmethod
     def open(cls, host: str, port: int) -> Self:
         """Port 0 takes any free one. An address that cannot be listened on is a :class:`ConfigError`."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            listener = socket.create_server((host, port), family=family, backlog=512)
-        except OSError as error:
-            raise ConfigError(
-                f"the control-plane server cannot listen on {host} port {port} ({error.strerror}); "
-                "choose another address, or port 0 for any free one"
-            ) from error
-        port = listener.getsockname()[1]
-        shown = f"[{host}]" if family == socket.AF_INET6 else host
-        return cls(listener, f"http://{shown}:{port}", secrets.token_urlsafe(32))
+        listener = listen(host, port)
+        return cls(listener, url_of(listener), secrets.token_urlsafe(32))
 
     def close(self) -> None:
         self.listener.close()
