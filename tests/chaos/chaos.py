@@ -6,7 +6,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ import runs
 from specforge.config.load import load_run_config
 from specforge.control_plane.metadata.sql import SqlMetadataStore
 from specforge.launch.inputs import run_id
+from specforge.launch.status import last_metrics
 
 VICTIMS = {"train": 1, "capture-0": 1, "capture-1": 1}
 """Who is killed, and how often relative to the others."""
-LONGEST_PAUSES_S = (0.5, 16.0)
-"""Half of the pauses are short: what has just been started is killed too. In the others the run gets to work."""
 DEADLINE_S = 900.0
 BATCH = 4
 NUM_SAMPLES = 24
+LAST_KILL = 0.85
+"""No kill is planned for later than this share of the run."""
+LONGEST_PAUSE_S = 1.0
 
 
 def write_run(directory: Path, target: Path, *, num_epochs: int, **overrides: Any) -> Path:
@@ -45,42 +47,63 @@ def write_run(directory: Path, target: Path, *, num_epochs: int, **overrides: An
 class Chaos:
     """Drives a run to its end, killing on the way.
 
-    ``kills`` counts them by victim; ``steps_at_kills`` says how many optimizer steps the metrics had seen at each,
-    those that were repeated after a roll-back included.
+    The moments are random in the progress of the run, not in time, so that a fast machine does not finish first; every
+    other kill follows the one before it at once, and hits what has just been started. ``kills`` counts them by victim;
+    ``steps_at_kills`` says which optimizer step had last been logged at each.
     """
 
     run_yaml: Path
     seed: int
-    longest_pauses_s: Sequence[float] = LONGEST_PAUSES_S
     kills: Counter[str] = field(default_factory=Counter)
     steps_at_kills: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
 
-    def run(self, num_kills: int, half_way: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    def run(self, num_kills: int, num_steps: int, half_way: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """``num_kills`` SIGKILLs, ``half_way`` once in between; then the run is left alone. What it printed."""
         command = self._start()
         pids: set[int] = set()
-        while self.kills.total() < num_kills:
-            if self.kills.total() == num_kills // 2:
+        due = sorted(self._random.randrange(int(LAST_KILL * num_steps)) for _ in range((num_kills + 1) // 2))
+        for number in range(num_kills):
+            if number == num_kills // 2:
                 half_way()
-                half_way = lambda: None  # noqa: E731
+            if number % 2 == 0:
+                self._wait(command, due[number // 2])
+            time.sleep(LONGEST_PAUSE_S * self._random.random())
             victim = self._random.choices(list(VICTIMS), list(VICTIMS.values()))[0]
-            self._pause(command)
-            try:
-                family = command.family()
-                if victim in family:
-                    pids |= {process.pid for process in family.values()}
-                    runs.kill(family[victim])
-                    self.kills[victim] += 1
-                    self.steps_at_kills.append(runs.num_steps(self.run_yaml.parent / "run"))
-            except psutil.NoSuchProcess:
-                continue  # it was being replaced
+            family = runs.wait_until(lambda name=victim: self._family(command, name), f"{victim} is there")
+            pids |= {process.pid for process in family.values()}
+            runs.kill(family[victim])
+            self.kills[victim] += 1
+            self.steps_at_kills.append(self._last_step())
         command.process.wait(DEADLINE_S)
         result = command.succeed()
         assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
         return result
+
+    def _wait(self, command: runs.Command, step: int) -> None:
+        """Until the run has come to ``step``. Fails when it is over."""
+
+        def is_there() -> bool:
+            if command.process.poll() is not None:
+                sys.stderr.write(command.stderr.read_text())
+                raise AssertionError(f"the run ended with {command.process.returncode} after {dict(self.kills)}")
+            return self._last_step() >= step
+
+        runs.wait_until(is_there, f"step {step}")
+
+    def _last_step(self) -> int:
+        metrics = last_metrics(self.run_yaml.parent / "run" / "metrics.jsonl")
+        return 0 if metrics is None else metrics.get("step", 0)
+
+    @staticmethod
+    def _family(command: runs.Command, victim: str) -> dict[str, psutil.Process] | None:
+        try:
+            family = command.family()
+        except psutil.NoSuchProcess:
+            return None  # it is being replaced
+        return family if victim in family else None
 
     def _start(self) -> runs.Command:
         return runs.specforge(self.run_yaml.parent / "output", "train", "-c", str(self.run_yaml), "--json")

@@ -17,7 +17,7 @@ import runs
 import chaos
 from specforge.testing.tiny_target import tiny_target
 
-NUM_EPOCHS = 1000
+NUM_EPOCHS = 400
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         run_yaml = chaos.write_run(directory / "chaos", tiny_target(), num_epochs=NUM_EPOCHS)
         disturbed = chaos.Chaos(run_yaml, arguments.seed)
         started = time.monotonic()
-        result = disturbed.run(arguments.kills)
+        result = disturbed.run(arguments.kills, NUM_EPOCHS * chaos.NUM_SAMPLES // chaos.BATCH)
         seconds = time.monotonic() - started
         assert result["draft_weights_sha256"] == undisturbed["draft_weights_sha256"], result
         chaos.check_account(run_yaml, NUM_EPOCHS)

@@ -11,8 +11,12 @@ from armed_role import points_of
 import chaos
 from specforge.testing.postgres import temporary_server
 
-SHORT_EPOCHS = 30
-LONG_EPOCHS = 300
+SHORT_EPOCHS = 20
+LONG_EPOCHS = 100
+
+
+def num_steps(num_epochs: int) -> int:
+    return num_epochs * chaos.NUM_SAMPLES // chaos.BATCH
 
 
 def weights_of_undisturbed_run(directory: Path, target: Path, num_epochs: int, **overrides) -> str:
@@ -35,7 +39,7 @@ def long_undisturbed(tmp_path_factory, tiny_target_dir) -> str:
 
 def test_a_few_random_kills_do_not_show(tmp_path, tiny_target_dir, undisturbed):
     run_yaml = chaos.write_run(tmp_path, tiny_target_dir, num_epochs=SHORT_EPOCHS)
-    result = chaos.Chaos(run_yaml, seed=1, longest_pauses_s=(0.5, 4.0)).run(num_kills=4)
+    result = chaos.Chaos(run_yaml, seed=1).run(4, num_steps(SHORT_EPOCHS))
     assert result["draft_weights_sha256"] == undisturbed
     chaos.check_account(run_yaml, SHORT_EPOCHS)
     chaos.check_nothing_left(run_yaml)
@@ -46,7 +50,7 @@ def test_a_few_random_kills_do_not_show(tmp_path, tiny_target_dir, undisturbed):
 @pytest.mark.parametrize("release", ["at_step", "at_checkpoint"])
 def test_twenty_random_kills_do_not_show(tmp_path, tiny_target_dir, long_undisturbed, release):
     run_yaml = chaos.write_run(tmp_path, tiny_target_dir, num_epochs=LONG_EPOCHS, control_plane__release=release)
-    result = chaos.Chaos(run_yaml, seed=2).run(num_kills=20)
+    result = chaos.Chaos(run_yaml, seed=2).run(20, num_steps(LONG_EPOCHS))
     assert result["draft_weights_sha256"] == long_undisturbed
     chaos.check_account(run_yaml, LONG_EPOCHS)
     chaos.check_nothing_left(run_yaml)
@@ -58,7 +62,7 @@ def test_twenty_random_kills_and_a_restart_of_postgresql_do_not_show(tmp_path, t
     with temporary_server() as server:
         ledger = {"kind": "postgres", "url": server.url, "name": "chaos"}
         run_yaml = chaos.write_run(tmp_path, tiny_target_dir, num_epochs=LONG_EPOCHS, control_plane__ledger=ledger)
-        result = chaos.Chaos(run_yaml, seed=3).run(num_kills=20, half_way=lambda: server.restart(kill=True))
+        result = chaos.Chaos(run_yaml, seed=3).run(20, num_steps(LONG_EPOCHS), lambda: server.restart(kill=True))
         assert result["draft_weights_sha256"] == long_undisturbed
         chaos.check_account(run_yaml, LONG_EPOCHS, server.url, name="chaos")
         chaos.check_nothing_left(run_yaml)

@@ -128,17 +128,27 @@ class CuttingProxy:
     def __init__(self, server):
         parts = psycopg.conninfo.conninfo_to_dict(server.url)
         self._server = (parts["host"], int(parts["port"]))
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._threads: list[threading.Thread] = []
+        self.listen(0)
         port = self._listener.getsockname()[1]
         self.url = server.url.replace(f":{parts['port']}/", f":{port}/")
         self.cut: str | None = None
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
 
-    def close(self):
+    def listen(self, port):
+        self._listener = socket.create_server(("127.0.0.1", port))
+        self._threads.append(threading.Thread(target=self._accept))
+        self._threads[-1].start()
+
+    def refuse(self):
+        """No new connections; the port."""
+        port = self._listener.getsockname()[1]
         # Closing alone does not wake a thread that is in accept.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        return port
+
+    def close(self):
+        self.refuse()
         for thread in self._threads:
             thread.join()
 
@@ -188,6 +198,21 @@ def test_a_commit_whose_answer_is_lost_counts_once(server, name, cut, num_runs):
         assert len(runs) == num_runs
         assert [store.sample(i).generation for i in range(3)] == [1, 1, 0]
         assert store.lease([2], "w0") == [1]
+
+
+def test_after_a_commit_of_unknown_outcome_nothing_more_is_done(server, name):
+    proxy = CuttingProxy(server)
+    with contextlib.closing(proxy), contextlib.closing(SqlMetadataStore(proxy.url, name=name, retry_s=0.3)) as store:
+        store.register([make_task(0)])
+        port = proxy.refuse()
+        proxy.cut = "after"
+        with pytest.raises(ControlPlaneError, match="could not be reached"):
+            store.lease([0], "w0")
+        proxy.listen(port)
+        with pytest.raises(ControlPlaneError, match="then resume the run"):
+            store.num_tasks()
+    with contextlib.closing(SqlMetadataStore(server.url, name=name)) as again:
+        assert again.sample(0).generation == 1, "it had happened"
 
 
 def test_a_second_writer_is_refused_until_the_first_is_gone(server, store, name):
