@@ -63,17 +63,20 @@ def test_the_report_has_what_it_promises_and_the_export_is_loadable(undisturbed)
         pytest.param("disaggregated", "evaluation", "parent", marks=pytest.mark.full),
     ],
 )
-def test_a_demo_killed_in_any_phase_resumes_to_the_same_weights(tmp_path, undisturbed, topology, phase, victim):
+def test_a_demo_killed_in_any_phase_ends_with_the_same_weights(tmp_path, undisturbed, topology, phase, victim):
+    """Killed itself it resumes; a child of it is started again."""
     out = tmp_path / "demo"
     command = small_demo(tmp_path / "first", out, topology)
     runs.wait_until(lambda: in_phase(out, phase) or command.process.poll() is not None, f"the {phase} phase")
     family = command.family()
     runs.kill(family[victim])
-    assert command.wait() != 0
-    psutil.wait_procs(family.values(), timeout=runs.DEADLINE_S)
-    resumed = small_demo(tmp_path / "second", out, topology, "--resume").succeed()
-    assert resumed["draft_weights_sha256"] == undisturbed["draft_weights_sha256"]
-    assert resumed["num_samples_trained"] == 48
+    if victim == "parent":
+        assert command.wait() != 0
+        psutil.wait_procs(family.values(), timeout=runs.DEADLINE_S)
+        command = small_demo(tmp_path / "second", out, topology, "--resume")
+    report = command.succeed()
+    assert report["draft_weights_sha256"] == undisturbed["draft_weights_sha256"]
+    assert report["num_samples_trained"] == 48
 
 
 @pytest.mark.full
