@@ -17,7 +17,7 @@ import runs
 import chaos
 from specforge.testing.tiny_target import tiny_target
 
-NUM_EPOCHS = 400
+NUM_EPOCHS = 200
 
 
 def main() -> None:
