@@ -16,7 +16,7 @@ import runs
 
 from specforge.config.load import load_run_config
 from specforge.control_plane.metadata.sql import SqlMetadataStore
-from specforge.launch.inputs import run_id
+from specforge.launch.plan import run_id
 from specforge.launch.status import last_metrics
 
 VICTIMS = {"train": 1, "capture-0": 1, "capture-1": 1}

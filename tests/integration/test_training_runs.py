@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from specforge.config.load import load_run_config
 from specforge.launch.compose import run_disagg_online_interleaved
-from specforge.launch.inputs import run_id
+from specforge.launch.plan import run_id
 
 
 def leftovers(run_yaml: Path) -> list[str]:

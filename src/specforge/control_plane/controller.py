@@ -28,7 +28,7 @@ _KEPT_LEASE_CALLS = 1024
 
 @dataclass(frozen=True, slots=True)
 class ControllerSettings:
-    """``window_slots``: how many slots beyond the last acked one may be leased or captured, at least ``step_slots``
+    """``window_slots``: how many slots that are not trained yet may be leased or captured, at least ``step_slots``
     (the slots of one optimizer step, always grantable). ``max_resident_bytes``: features leased or resident, ``None``
     is unbounded. ``bytes_per_token`` estimates a sample's features before its capture. ``max_attempts``: failures of
     a prompt before it is quarantined; ``max_crash_attempts``: deaths of workers that held it alone; more than
@@ -233,10 +233,8 @@ class DataFlowController:
             if reason is not None:
                 self._dead.add(worker_id)
                 self._crash(samples, reason)
-            elif samples:
-                self._store.requeue([sample.attempt for sample in samples])
-                for sample in samples:
-                    self._window.give_back(sample.index)
+            else:
+                self._take_back(samples)
             self._changed.notify_all()
         self.collect()
 
@@ -391,9 +389,7 @@ class DataFlowController:
         held = self._window.leased_by(worker_id)
         if again := [sample for sample in held if sample.is_adopted]:
             # A worker asks when it has nothing left: the answer that gave it these was lost with an earlier controller.
-            self._store.requeue([sample.attempt for sample in again])
-            for sample in again:
-                self._window.give_back(sample.index)
+            self._take_back(again)
             held = [sample for sample in held if not sample.is_adopted]
         if any(self._window.is_suspect(sample.index) for sample in held):
             return ()
@@ -427,6 +423,12 @@ class DataFlowController:
 
     def _lease_of(self, task: PromptTask, sample: InFlight) -> Lease:
         return Lease(task, sample.generation, self._settings.lease_s)
+
+    def _take_back(self, samples: Sequence[InFlight]) -> None:
+        """Nobody is to blame: they wait for another worker."""
+        self._store.requeue([sample.attempt for sample in samples])
+        for sample in samples:
+            self._window.give_back(sample.index)
 
     def _expire(self) -> bool:
         """Take back the leases whose time is up; whether there were any."""

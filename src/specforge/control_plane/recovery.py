@@ -9,6 +9,7 @@ from typing import Any
 
 from specforge.control_plane.base import Features
 from specforge.control_plane.metadata.base import Attempt, LiveAttempt, MetadataStore, Position, Quarantine
+from specforge.control_plane.metadata.checks import Skips
 from specforge.control_plane.prompts import SampleOrder
 from specforge.errors import DataError
 
@@ -101,10 +102,7 @@ def _readable(features: Features, in_flight: Sequence[LiveAttempt]) -> dict[Atte
 def _slots_to_come(
     order: SampleOrder, first_slot: int, trained: set[int], quarantines: Sequence[Quarantine]
 ) -> Iterator[int]:
-    skipped: dict[int, list[Quarantine]] = {}
-    for quarantine in quarantines:
-        skipped.setdefault(quarantine.index, []).append(quarantine)
+    skips = Skips(quarantines)
     for slot in range(first_slot, order.total):
-        skips = skipped.get(order.index_at(slot), ())
-        if slot not in trained and not any(quarantine.covers(slot) for quarantine in skips):
+        if slot not in trained and not skips.covers(order.index_at(slot), slot):
             yield slot

@@ -16,7 +16,7 @@ from specforge.contracts.features import ITEM_BYTES
 from specforge.contracts.tasks import PromptTask
 from specforge.errors import ConfigError, DataError
 from specforge.inference.target import count_parameters, load_tokenizer, read_target_info
-from specforge.launch.plan import DataFacts, ModelFacts, Plan, make_plan, run_id  # noqa: F401 (offered here too)
+from specforge.launch.plan import DataFacts, ModelFacts, Plan, make_plan
 from specforge.prompts.tasks import load_prompt_tasks
 
 RESOLVED_FILE = "resolved.yaml"

@@ -12,19 +12,6 @@ from specforge.errors import ControlPlaneError
 from specforge.testing.metadata_store import make_ref, make_task
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "ledger.sqlite"
-
-
-@pytest.fixture
-def store(path):
-    store = SqlMetadataStore(path)
-    store.register([make_task(i) for i in range(4)])
-    yield store
-    store.close()
-
-
 def pragma(store, text):
     """What it answers, if it answers at all."""
 

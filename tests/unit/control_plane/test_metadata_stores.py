@@ -52,19 +52,6 @@ class TestSqlite(MetadataStoreSuite):
         return self._opened[-1]
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "ledger.sqlite"
-
-
-@pytest.fixture
-def store(path):
-    store = SqlMetadataStore(path)
-    store.register([make_task(i) for i in range(4)])
-    yield store
-    store.close()
-
-
 def train_two(store):
     store.lease([0, 1], "w0")
     store.commit([(i, make_ref(make_task(i), 1)) for i in range(2)])
