@@ -24,7 +24,7 @@ from specforge.data_plane.arena import (
 from specforge.data_plane.arena_reader import digest
 from specforge.data_plane.arena_space import ArenaSpace, Block
 from specforge.data_plane.base import PutRequest
-from specforge.data_plane.tensors import views
+from specforge.data_plane.tensors import fill
 from specforge.errors import FeatureStoreError, FeatureStoreFull, FeatureTooLarge
 
 
@@ -83,8 +83,7 @@ class ArenaWriter:
                 blocks.append(self._allocate(put))  # noqa: PERF401
             for block, put in zip(blocks, puts, strict=True):
                 buffer = self.arena.data[block.offset : block.offset + block.num_bytes]
-                for name, view in views(buffer, put.specs).items():
-                    view.copy_(put.request.tensors[name].detach())
+                fill(buffer, put.specs, put.request.tensors)
         except BaseException:
             for block in blocks:
                 self._forget(block)

@@ -19,6 +19,7 @@ import torch
 
 from specforge.contracts.features import FeatureHandle, FeatureSpec
 from specforge.contracts.refs import SampleRef
+from specforge.data_plane.tensors import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class PutRequest:
 
     sample_id: str
     generation: int
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, Source]
 
 
 @dataclass(frozen=True, slots=True)

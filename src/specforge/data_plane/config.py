@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 _UNITS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -53,7 +63,67 @@ class SharedMemoryStore(BaseModel):
     )
 
 
-Store = Annotated[AutoStore | LocalStore | SharedMemoryStore, Field(discriminator="kind")]
+class SharedDirStore(BaseModel):
+    """Files on a mount that every process of the run sees."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["shared_dir"] = Field("shared_dir", description="safetensors files in a directory.")
+    path: Path | None = Field(
+        None, description="The directory, on a mount that every process sees; null: features in run_dir."
+    )
+    fsync: bool = Field(
+        False, description="Sync every file to the disk; off: after a power failure lost features are captured again."
+    )
+
+
+class MooncakeStore(BaseModel):
+    """Mooncake Store, between hosts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["mooncake"] = Field("mooncake", description="Mooncake Store, as data_plane.mooncake describes it.")
+
+
+Store = Annotated[
+    AutoStore | LocalStore | SharedMemoryStore | SharedDirStore | MooncakeStore, Field(discriminator="kind")
+]
+
+Address = Annotated[str, Field(pattern=r"^[^\s:/]+:\d{1,5}$")]
+"""``host:port``."""
+
+
+class MooncakeConfig(BaseModel):
+    """The Mooncake Store that ``data_plane.store.kind = mooncake`` uses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    managed: bool = Field(
+        True, description="Start a master and an owner of the memory with the run; false: use the master given."
+    )
+    master: Address | None = Field(None, description="host:port of the master's RPC; null: chosen where managed.")
+    admin: Address | None = Field(
+        None, description="host:port of the master's HTTP (its metrics port); null: chosen where managed."
+    )
+    host: str = Field("127.0.0.1", description="Address of this host by which the other processes reach it.")
+    protocol: Literal["tcp", "rdma"] = Field("tcp", description="Transport of the features.")
+    device: str = Field("", description="RDMA devices, separated by commas; empty: all, or none with tcp.")
+    metadata_server: str = Field("P2PHANDSHAKE", description="Mooncake's metadata server; P2PHANDSHAKE needs none.")
+    capacity_bytes: Bytes | None = Field(
+        None, description="Memory for features where managed; null: what the plan says is needed."
+    )
+    buffer_bytes: Bytes | None = Field(
+        None, description="Registered transfer buffer of each process; null: what the plan says is needed."
+    )
+    reconnect_s: PositiveFloat = Field(60.0, description="How long a call waits for a master that is away.")
+
+    @model_validator(mode="after")
+    def _external_has_addresses(self) -> Self:
+        if not self.managed and (self.master is None or self.admin is None):
+            raise ValueError(
+                "managed is false: give master and admin, the host:port of the RPC and of the HTTP of the master"
+            )
+        return self
 
 
 class DataPlaneConfig(BaseModel):
@@ -62,6 +132,7 @@ class DataPlaneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     store: Store = Field(AutoStore(), description="The feature store.")
+    mooncake: MooncakeConfig = Field(MooncakeConfig(), description="The Mooncake Store, where it is the store.")
     prefetch_steps: NonNegativeInt = Field(1, description="Optimizer steps of batches that are prepared ahead.")
     capture_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Number format of captured features; auto: the one that the target computes in."

@@ -12,7 +12,7 @@ import torch
 from specforge.contracts.features import FeatureHandle, FeatureSpec
 from specforge.contracts.refs import SampleRef
 from specforge.data_plane.base import PutRequest, StoredFeatures, StoreHealth
-from specforge.data_plane.tensors import specs_of
+from specforge.data_plane.tensors import materialised, specs_of
 from specforge.data_plane.tombstones import Tombstones
 from specforge.errors import CorruptFeature, FeatureNotFound, FeatureStoreError, FeatureStoreFull, FeatureTooLarge
 
@@ -120,7 +120,7 @@ class LocalFeatureStore:
             raise FeatureTooLarge(
                 f"sample {request.sample_id!r} has {num_bytes} bytes, the store holds {self._capacity_bytes} at most"
             )
-        return _Sample({name: tensor.detach() for name, tensor in request.tensors.items()}, specs, num_bytes)
+        return _Sample({name: materialised(source) for name, source in request.tensors.items()}, specs, num_bytes)
 
     def _is_live(self, ref: SampleRef) -> bool:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -25,17 +26,67 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def specs_of(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[FeatureSpec, ...], int]:
-    """Specs of ``tensors`` in mapping order, and the size of their buffer in bytes.
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Tensors [S, D_i] that a store keeps side by side as one feature [S, sum of D_i] of ``dtype``.
+
+    Nothing is joined or cast before the put, whose one copy into the store's buffer does both.
+    """
+
+    parts: tuple[torch.Tensor, ...]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0].shape[0], sum(part.shape[1] for part in self.parts)
+
+
+Source = torch.Tensor | Columns
+"""What a feature is put from."""
+
+
+def specs_of(sources: Mapping[str, Source]) -> tuple[tuple[FeatureSpec, ...], int]:
+    """Specs of ``sources`` in mapping order, and the size of their buffer in bytes.
 
     Raises ``FeatureStoreError`` for a dtype that may not travel.
     """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise FeatureStoreError(
-                f"feature {name!r} has dtype {tensor.dtype}, which may not travel: cast it to one of {sorted(DTYPES)}"
-            )
-    return layout((name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items())
+    return layout((name, _dtype_name(name, source), tuple(source.shape)) for name, source in sources.items())
+
+
+def fill(buffer: torch.Tensor, specs: Sequence[FeatureSpec], sources: Mapping[str, Source]) -> None:
+    """The one copy of a put: ``sources`` into ``buffer`` (uint8, as large as the layout), joined and cast."""
+    for name, view in views(buffer, specs).items():
+        write(view, sources[name])
+
+
+def write(target: torch.Tensor, source: Source) -> None:
+    """Copy ``source`` into ``target``, which has its shape and dtype."""
+    if isinstance(source, torch.Tensor):
+        target.copy_(source.detach())
+        return
+    start = 0
+    for part in source.parts:
+        target[:, start : start + part.shape[1]].copy_(part.detach())
+        start += part.shape[1]
+
+
+def materialised(source: Source) -> torch.Tensor:
+    """``source`` as one tensor: itself where it is one."""
+    if isinstance(source, torch.Tensor):
+        return source.detach()
+    tensor = torch.empty(source.shape, dtype=DTYPES[source.dtype])
+    write(tensor, source)
+    return tensor
+
+
+def _dtype_name(name: str, source: Source) -> str:
+    if isinstance(source, Columns):
+        return source.dtype
+    if source.dtype not in _NAMES:
+        raise FeatureStoreError(
+            f"feature {name!r} has dtype {source.dtype}, which may not travel: cast it to one of {sorted(DTYPES)}"
+        )
+    return _NAMES[source.dtype]
 
 
 def views(buffer: torch.Tensor, specs: Sequence[FeatureSpec]) -> dict[str, torch.Tensor]:
