@@ -36,6 +36,8 @@ def write_run(directory: Path, target: Path, *, num_epochs: int, **overrides: An
         "training__num_epochs": num_epochs,
         "training__checkpoint_every": 5,
         "launch__num_capture_workers": 2,
+        # What is kept for later epochs would leave the capture workers nothing to do.
+        "data_plane__retain_bytes": 0,
         "launch__restarts__max_restarts": 10_000,
         "launch__restarts__first_backoff_s": 0.05,
         "launch__restarts__longest_backoff_s": 0.2,

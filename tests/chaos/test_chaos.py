@@ -47,9 +47,12 @@ def test_a_few_random_kills_do_not_show(tmp_path, tiny_target_dir, undisturbed):
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("release", ["at_step", "at_checkpoint"])
-def test_twenty_random_kills_do_not_show(tmp_path, tiny_target_dir, long_undisturbed, release):
-    run_yaml = chaos.write_run(tmp_path, tiny_target_dir, num_epochs=LONG_EPOCHS, control_plane__release=release)
+@pytest.mark.parametrize(("release", "kept"), [("at_step", 0), ("at_checkpoint", 0), ("at_checkpoint", "300kB")])
+def test_twenty_random_kills_do_not_show(tmp_path, tiny_target_dir, long_undisturbed, release, kept):
+    kept_options = {"data_plane__retain_bytes": kept, "data_plane__retain_memory_bytes": "100kB"}
+    run_yaml = chaos.write_run(
+        tmp_path, tiny_target_dir, num_epochs=LONG_EPOCHS, control_plane__release=release, **kept_options
+    )
     result = chaos.Chaos(run_yaml, seed=2).run(20, num_steps(LONG_EPOCHS))
     assert result["draft_weights_sha256"] == long_undisturbed
     chaos.check_account(run_yaml, LONG_EPOCHS)

@@ -134,7 +134,9 @@ def test_an_address_that_cannot_be_listened_on_is_refused(tmp_path, tiny_target_
 
 @pytest.mark.parametrize(("stopped", "blocked"), [("train", "capture-0"), ("capture-0", "train")])
 def test_a_blocked_side_of_a_disaggregated_run_does_not_poll(tmp_path, tiny_target_dir, stopped, blocked):
-    run_yaml = runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated", training__num_epochs=200)
+    # Nothing is kept for later epochs, so that each side needs the other to the end.
+    options = {"training__num_epochs": 200, "data_plane__retain_bytes": 0}
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated", **options)
     command = runs.specforge(tmp_path, "train", "-c", str(run_yaml))
     try:
         runs.wait_until(lambda: runs.num_steps(tmp_path / "run") >= 3, "three steps")

@@ -17,10 +17,12 @@ from typing import Annotated
 import typer
 
 from specforge import __version__
-from specforge.cli import demo, doctor, evaluate, export, plan, quarantine, status, train
+from specforge.cli import capture, demo, doctor, evaluate, export, plan, quarantine, status, train
 from specforge.errors import SpecForgeError, UserError
 
 RESUMABLE = ("train", "demo")
+REPEATABLE = ("capture",)
+"""Given again, it goes on where it was."""
 FIXABLE = frozenset(
     {
         errno.EACCES,
@@ -46,6 +48,7 @@ app = typer.Typer(
 demo.register(app)
 train.register(app)
 plan.register(app)
+capture.register(app)
 evaluate.register(app)
 export.register(app)
 status.register(app)
@@ -98,6 +101,8 @@ def _leave(message: str, code: int) -> None:
 
 
 def _how_to_continue(arguments: list[str]) -> str:
+    if any(verb in arguments for verb in REPEATABLE):
+        return f"interrupted; continue with: {shlex.join(['specforge', *arguments])}"
     if not any(verb in arguments for verb in RESUMABLE):
         return "interrupted"
     resumed = [*arguments, *([] if "--resume" in arguments else ["--resume"])]

@@ -147,6 +147,7 @@ def _sentence(error: ValidationError, model: type[BaseModel], section: str) -> s
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         needed = [key.path for key in all_keys(RunConfig) if key.field.is_required()]
+        needed.append("data.path (or data.features)")
         return (
             f"{next((key for key in needed if key.startswith(path)), path)} is missing; a run needs {', '.join(needed)}"
         )

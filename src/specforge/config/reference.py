@@ -20,7 +20,8 @@ _INTRODUCTION = """# Run configuration
 
 Every key that a run file (`specforge train -c run.yaml`) may have. A key can be given on the command line too, dotted:
 `specforge train -c run.yaml training.lr=3e-4 data_plane.store.kind=shared_memory`. Relative paths are taken from the
-folder of the run file. Required are `run_dir`, `target.path` and `data.path`.
+folder of the run file. Required are `run_dir`, `target.path`, and
+one of `data.path` and `data.features`.
 """
 
 

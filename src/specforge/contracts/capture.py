@@ -5,6 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from typing import Literal
+
+CaptureDtype = Literal["bfloat16", "float32", "float8_e4m3fn"]
+"""Number formats of captured hidden states."""
+FLOAT8 = "float8_e4m3fn"
+SCALE_SUFFIX = "_scale"
+"""A float8 feature ``x`` travels with the feature ``x_scale``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +22,24 @@ class CaptureSpec:
     concatenation over ``aux_layers`` in list order, shape ``[tokens, len(aux_layers) * hidden_size]``; feature ``last``
     is the last hidden state *after* the final norm, shape ``[tokens, hidden_size]``; feature ``input_ids`` (int32) is
     always captured.
+
+    ``dtype``, a ``CaptureDtype``, is that of ``aux`` and ``last``. In float8 each has a scale for every token and
+    captured layer beside it: ``aux_scale`` float32 ``[tokens, len(aux_layers)]`` and ``last_scale`` ``[tokens, 1]``.
     """
 
     aux_layers: tuple[int, ...]
     last_hidden: bool
     dtype: str = "float32"
+
+    def widths(self, hidden_size: int) -> tuple[tuple[str, str, int], ...]:
+        """(name, dtype, D) of every feature ``[tokens, D]`` besides ``input_ids``, in the order of the buffer."""
+        found: list[tuple[str, str, int]] = []
+        for name, num_layers in (("aux", len(self.aux_layers)), ("last", int(self.last_hidden))):
+            if num_layers:
+                found.append((name, self.dtype, num_layers * hidden_size))
+                if self.dtype == FLOAT8:
+                    found.append((name + SCALE_SUFFIX, "float32", num_layers))
+        return tuple(found)
 
     @property
     def fingerprint(self) -> str:

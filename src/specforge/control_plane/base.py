@@ -52,6 +52,21 @@ class Features(Protocol):
         ...
 
 
+class Retention(Protocol):
+    """Puts features aside between the epochs that need them, so that the target does not run again for them."""
+
+    def retain(self, refs: Sequence[SampleRef]) -> list[bool]:
+        """Move these features out of the store's budget, as far as there is room for them; False: free them.
+
+        What was moved is read with the same ref, and freed by ``Features.abort`` like anything else.
+        """
+        ...
+
+    def retained(self, refs: Sequence[SampleRef]) -> list[bool]:
+        """Which refs can be read and were put aside, by an earlier process of the run too."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class CommitReply:
     """One entry a committed ref: accepted, or refused because its generation is stale (free those features)."""

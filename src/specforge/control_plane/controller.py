@@ -13,12 +13,12 @@ from specforge.contracts.codec import assert_no_tensors
 from specforge.contracts.refs import SampleRef, Slot, SlotRef
 from specforge.contracts.tasks import PromptTask
 from specforge.control_plane.backpressure import Credits
-from specforge.control_plane.base import CommitReply, Features, Lease, LeaseReply
+from specforge.control_plane.base import CommitReply, Features, Lease, LeaseReply, Retention
 from specforge.control_plane.channel.base import RefWriter
-from specforge.control_plane.metadata.base import Attempt, Dispatch, MetadataStore, Position, Quarantine
+from specforge.control_plane.metadata.base import Attempt, Dispatch, LiveAttempt, MetadataStore, Position, Quarantine
 from specforge.control_plane.numbers import RunNumbers
 from specforge.control_plane.prompts import SampleOrder, TaskSource
-from specforge.control_plane.recovery import Checkpointed, reconcile
+from specforge.control_plane.recovery import Checkpointed, Remains, reconcile
 from specforge.control_plane.window import SUSPECT_AFTER, CaptureWindow, InFlight
 from specforge.errors import ConfigError, ContractError, DataError, InvalidTransition
 from specforge.faults import fault_point
@@ -72,6 +72,7 @@ class DataFlowController:
         writer: RefWriter,
         settings: ControllerSettings,
         features: Features,
+        retention: Retention | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         tasks.register(store)
@@ -88,7 +89,7 @@ class DataFlowController:
             settings.window_slots, settings.step_slots, settings.max_resident_bytes, settings.low_watermark
         )
         self._store, self._order, self._tasks, self._writer = store, order, tasks, writer
-        self._settings, self._features, self._clock = settings, features, clock
+        self._settings, self._features, self._retention, self._clock = settings, features, retention, clock
         self._window = CaptureWindow(order, limits, self._estimate_bytes, in_order=settings.in_order)
         self._changed = threading.Condition()
         self._lease_calls: OrderedDict[str, list[Attempt]] = OrderedDict()
@@ -115,18 +116,18 @@ class DataFlowController:
                     f"the checkpoint covers {position.num_slots} slots at step {position.step}, but the run has "
                     f"{self._order.total}; resume with the configuration that the run was started with"
                 )
-            window_slots = self._settings.window_slots
             found = reconcile(
-                self._store, self._features, self._order, Checkpointed(position, state), window_slots, live_workers
+                self._store,
+                Remains(self._features, self._retention),
+                self._order,
+                Checkpointed(position, state),
+                self._settings.window_slots,
+                live_workers,
             )
             deadline = self._clock() + self._settings.lease_s
-            tasks = self._tasks.at([item.attempt.sample for item in found.kept])
-            adopted = [
-                InFlight.adopted(item, task.sample_id, deadline, self._estimate_bytes(task.index))
-                for item, task in zip(found.kept, tasks, strict=True)
-            ]
+            adopted, stowed = (self._adopted(items, deadline) for items in (found.kept, found.retained))
             self._window.crashes = self._store.crashed(1)
-            self._window.start(found.first_slot, found.trained, found.quarantines, adopted)
+            self._window.start(found.first_slot, found.trained, found.quarantines, adopted, stowed)
             self._numbers.resume(self._store.counts())
             self._started = True
             self._publish(self._dispatch_ready())
@@ -246,7 +247,9 @@ class DataFlowController:
             self._start()
             fresh = [number for number in numbers if not self._is_repeated(number, step)]
             unneeded = self._window.unneeded(fresh)
-            freed, kept = (unneeded, []) if self._settings.release == "at_step" else ([], unneeded)
+            done, held = (unneeded, []) if self._settings.release == "at_step" else ([], unneeded)
+            at = {self._order.index_at(number): number for number in fresh}
+            freed = [sample for sample in done if not self._may_retain(at[sample.index])]
 
             def work() -> None:
                 self._store.ack(fresh, step)
@@ -259,23 +262,26 @@ class DataFlowController:
             # A slot opened from here on finds no live features, and leads to a new generation.
             for sample in freed:
                 self._window.retire(sample)
-            self._window.retain(kept, step)
+            self._window.hold(held, step)
         self._free(freed)
+        self._stow([sample for sample in done if sample not in freed])
 
     def checkpointed(self, step: int) -> None:
         with self._changed:
             covered = self._window.covered(step)
+            freed = [sample for sample in covered if not self._may_retain(sample.last_slot)]
 
             def work() -> None:
                 self._store.checkpointed(step)
-                self._store.release([sample.attempt for sample in covered])
+                self._store.release([sample.attempt for sample in freed])
 
             self._store.transact(work)
             fault_point("controller.checkpointed")
-            for sample in covered:
+            for sample in freed:
                 self._window.retire(sample)
             self._numbers.checkpointed(step)
-        self._free(covered)
+        self._free(freed)
+        self._stow([sample for sample in covered if sample not in freed])
         self.collect()
 
     def checkpoint_state(self) -> dict[str, Any]:
@@ -289,7 +295,8 @@ class DataFlowController:
         """Free the features that the ledger does not want, whoever left them; how many samples that were."""
         stored = self._features.stored()
         with self._changed:
-            wanted = {(sample.sample_id, sample.generation) for sample in self._window.in_flight.values()}
+            alive = (self._window.in_flight, self._window.stowed)
+            wanted = {(sample.sample_id, sample.generation) for samples in alive for sample in samples.values()}
         orphans = [pair for pair in stored if pair not in wanted]
         self._features.abort(orphans)
         self._features.gc()
@@ -306,6 +313,7 @@ class DataFlowController:
             self._changed.notify_all()
             leased = list(self._window.leases.values())
             resident = [sample for sample in self._window.in_flight.values() if sample.ref is not None]
+            resident += self._window.stowed.values()
 
             def work() -> None:
                 self._store.requeue([sample.attempt for sample in leased])
@@ -344,6 +352,7 @@ class DataFlowController:
                 "num_slots_captured_ahead": window.num_captured_ahead,
                 "num_leased": len(window.leases),
                 "num_resident": len(window.in_flight) - len(window.leases),
+                "num_retained": len(window.stowed),
                 "resident_bytes": window.resident_bytes,
                 "num_quarantined": window.num_quarantined,
                 "state": "failed" if self._failure else "finished" if self._stopped else "running",
@@ -533,3 +542,40 @@ class DataFlowController:
                 self._window.advance()
                 self._publish(self._dispatch_ready())
                 self._changed.notify_all()
+
+    def _adopted(self, items: Sequence[LiveAttempt], deadline: float) -> list[InFlight]:
+        tasks = self._tasks.at([item.attempt.sample for item in items])
+        return [
+            InFlight.adopted(item, task.sample_id, deadline, self._estimate_bytes(task.index))
+            for item, task in zip(items, tasks, strict=True)
+        ]
+
+    def _may_retain(self, last_slot: int | None) -> bool:
+        """Whether features that were trained in ``last_slot`` are needed again in a later epoch, and may be kept."""
+        if self._retention is None or last_slot is None:
+            return False
+        return self._order.slot(last_slot).epoch + 1 < self._order.num_epochs
+
+    def _stow(self, samples: Sequence[InFlight]) -> None:
+        """Put the features of these samples aside; free those for which there is no room."""
+        if not samples or self._retention is None:
+            return
+        kept = self._retention.retain([sample.ref for sample in samples if sample.ref is not None])
+        with self._changed:
+            ours = [self._window.in_flight.get(sample.index) is sample for sample in samples]
+            # A slot that opened meanwhile needs them where they are.
+            freed = [
+                sample
+                for sample, is_kept, is_ours in zip(samples, kept, ours, strict=True)
+                if is_ours and not is_kept and not self._window.has_open_slot(sample.index)
+            ]
+            self._store.release([sample.attempt for sample in freed])
+            for sample, is_kept, is_ours in zip(samples, kept, ours, strict=True):
+                if is_kept and is_ours:
+                    self._window.stow(sample)
+            for sample in freed:
+                self._window.retire(sample)
+        # The run may have ended meanwhile, which frees what it knew of.
+        ended = [sample for sample, is_ours in zip(samples, ours, strict=True) if not is_ours]
+        self._features.abort([(sample.sample_id, sample.generation) for sample in ended])
+        self._free(freed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from specforge.control_plane.base import Features
+from specforge.control_plane.base import Features, Retention
 from specforge.control_plane.channel.base import RefWriter
 from specforge.control_plane.controller import ControllerSettings, DataFlowController
 from specforge.control_plane.metadata.base import MetadataStore
@@ -26,12 +27,20 @@ class DeploymentMode(StrEnum):
     DISAGGREGATED = "disaggregated"
 
 
-def open_metadata_store(
-    mode: DeploymentMode, ledger: str | Path | None = None, ledger_name: str | None = None
-) -> MetadataStore:
-    """The ledger of ``mode``. ``ledger``, the path of a SQLite file or a ``postgresql://`` URL, is used and needed by
-    ``disaggregated`` only; ``ledger_name`` is the schema in a PostgreSQL database.
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A mode and the place of its ledger: the path of a SQLite file or a ``postgresql://`` URL, which ``disaggregated``
+    alone uses and needs, and the schema in a PostgreSQL database.
     """
+
+    mode: DeploymentMode
+    ledger: str | Path | None = None
+    ledger_name: str | None = None
+
+
+def open_metadata_store(deployment: Deployment) -> MetadataStore:
+    """The ledger of ``deployment``."""
+    mode, ledger = deployment.mode, deployment.ledger
     if mode is DeploymentMode.LOCAL_COLOCATED:
         return NoOpMetadataStore()
     if mode is DeploymentMode.DATAFLOW_COLOCATED:
@@ -41,23 +50,23 @@ def open_metadata_store(
             "a disaggregated run keeps its ledger in a database, got none; give the path of a file or the URL of a "
             "PostgreSQL database"
         )
-    return SqlMetadataStore(ledger) if ledger_name is None else SqlMetadataStore(ledger, name=ledger_name)
+    name = deployment.ledger_name
+    return SqlMetadataStore(ledger) if name is None else SqlMetadataStore(ledger, name=name)
 
 
 def resolve_control_plane(
-    mode: DeploymentMode,
+    deployment: Deployment,
     order: SampleOrder,
     tasks: TaskSource,
     writer: RefWriter,
     settings: ControllerSettings,
     features: Features,
-    ledger: str | Path | None = None,
-    ledger_name: str | None = None,
+    retention: Retention | None = None,
 ) -> tuple[DataFlowController, bool]:
-    """The controller of ``mode``, and whether its acks are durable. ``controller.close()`` closes the ledger."""
-    store = open_metadata_store(mode, ledger, ledger_name)
+    """The controller of ``deployment``, and whether its acks are durable. ``controller.close()`` closes the ledger."""
+    store = open_metadata_store(deployment)
     try:
-        return DataFlowController(store, order, tasks, writer, settings, features), store.durable
+        return DataFlowController(store, order, tasks, writer, settings, features, retention), store.durable
     except BaseException:
         store.close()
         raise

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from specforge.control_plane.base import Features
+from specforge.control_plane.base import Features, Retention
 from specforge.control_plane.metadata.base import Attempt, LiveAttempt, MetadataStore, Position, Quarantine
 from specforge.control_plane.metadata.checks import Skips
 from specforge.control_plane.prompts import SampleOrder
@@ -29,20 +29,40 @@ class Checkpointed:
 
 
 @dataclass(frozen=True, slots=True)
+class Remains:
+    """Where features may still be: the store, and what was put aside for later epochs."""
+
+    features: Features
+    retention: Retention | None = None
+
+    def of(self, in_flight: Sequence[LiveAttempt]) -> tuple[set[Attempt], set[Attempt]]:
+        """The attempts whose features can be read, and those of them that were put aside."""
+        committed = [(item.attempt, item.ref) for item in in_flight if item.ref is not None]
+        refs = [ref for _, ref in committed]
+        readable = self.features.live(refs)
+        retained = self.retention.retained(refs) if self.retention is not None else [False] * len(refs)
+        return (
+            {attempt for (attempt, _), is_live in zip(committed, readable, strict=True) if is_live},
+            {attempt for (attempt, _), is_kept in zip(committed, retained, strict=True) if is_kept},
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Recovered:
-    """Where the run stands: its first slot that is not done, slots trained beyond it (arrival order), quarantines, and
-    what stays in flight.
+    """Where the run stands: its first slot that is not done, slots trained beyond it (arrival order), quarantines, what
+    stays in flight, and what was put aside for later epochs.
     """
 
     first_slot: int
     trained: list[int]
     quarantines: list[Quarantine]
     kept: list[LiveAttempt]
+    retained: list[LiveAttempt]
 
 
 def reconcile(
     store: MetadataStore,
-    features: Features,
+    remains: Remains,
     order: SampleOrder,
     checkpointed: Checkpointed,
     window_slots: int,
@@ -50,8 +70,9 @@ def reconcile(
 ) -> Recovered:
     """Bring the ledger to ``checkpointed``.
 
-    Leases of ``live_workers`` stay, and committed features that can be read and that the next slots want. The rest of
-    what was in flight is void: its samples are captured again when their slots come.
+    Leases of ``live_workers`` stay, and committed features that can be read and that the next slots want, or that were
+    put aside and that any slot wants. The rest of what was in flight is void: its samples are captured again when
+    their slots come.
     """
     position = checkpointed.position
 
@@ -62,12 +83,14 @@ def reconcile(
         return first, trained, store.quarantines(), store.in_flight()
 
     first, trained, quarantines, in_flight = store.transact(rewind)
-    readable = _readable(features, in_flight)
+    readable, put_aside = remains.of(in_flight)
     # What was committed may be wanted by slots beyond the window: with release = at_checkpoint it stays that long.
     slots = _slots_to_come(order, first, {*trained}, quarantines)
     soon = {order.index_at(slot) for slot in islice(slots, window_slots)}
     later = {order.index_at(slot) for slot in islice(slots, len(readable))}
+    ever = soon | later | _wanted({attempt.sample for attempt in put_aside} - soon - later, order, slots)
     kept: list[LiveAttempt] = []
+    retained: list[LiveAttempt] = []
     void: list[Attempt] = []
     gone: list[Attempt] = []
     unwanted: list[Attempt] = []
@@ -77,8 +100,10 @@ def reconcile(
                 kept.append(item)
             else:
                 void.append(item.attempt)
-        elif not readable[item.attempt]:
+        elif item.attempt not in readable:
             gone.append(item.attempt)
+        elif item.attempt in put_aside and item.attempt.sample in ever:
+            retained.append(item)
         elif item.attempt.sample in soon or item.attempt.sample in later:
             kept.append(item)
         else:
@@ -90,13 +115,18 @@ def reconcile(
         store.release(unwanted)
 
     store.transact(settle)
-    return Recovered(first, trained, quarantines, kept)
+    return Recovered(first, trained, quarantines, kept, retained)
 
 
-def _readable(features: Features, in_flight: Sequence[LiveAttempt]) -> dict[Attempt, bool]:
-    committed = [(item.attempt, item.ref) for item in in_flight if item.ref is not None]
-    live = features.live([ref for _, ref in committed])
-    return {attempt: is_live for (attempt, _), is_live in zip(committed, live, strict=True)}
+def _wanted(samples: set[int], order: SampleOrder, slots: Iterator[int]) -> set[int]:
+    """Those of ``samples`` that one of ``slots`` trains."""
+    missing, wanted = set(samples), set[int]()
+    while missing and (slot := next(slots, None)) is not None:
+        index = order.index_at(slot)
+        if index in missing:
+            missing.discard(index)
+            wanted.add(index)
+    return wanted
 
 
 def _slots_to_come(

@@ -24,6 +24,7 @@ class InFlight:
     """A sample that is leased (``ref`` is None) or whose features are live. ``num_bytes`` is an estimate until commit.
 
     ``deadline`` is in seconds of the controller's clock. ``is_adopted``: leased by an earlier controller of the run.
+    ``last_slot``: the last slot that they were trained in.
     """
 
     index: int
@@ -34,6 +35,7 @@ class InFlight:
     num_bytes: int
     ref: SampleRef | None = None
     is_adopted: bool = False
+    last_slot: int | None = None
 
     @classmethod
     def adopted(cls, item: LiveAttempt, sample_id: str, deadline: float, estimated_bytes: int) -> InFlight:
@@ -64,7 +66,8 @@ class CaptureWindow:
         self.in_flight: dict[int, InFlight] = {}
         self.leases: dict[int, InFlight] = {}
         self.crashes: dict[int, int] = {}
-        self.retained: dict[int, int] = {}
+        self.waiting: dict[int, int] = {}
+        self.stowed: dict[int, InFlight] = {}
         self.resident_bytes = 0
         self.first_open = self.next_dispatch = self.end = 0
         self._quarantines: dict[int, list[Quarantine]] = {}
@@ -76,13 +79,24 @@ class CaptureWindow:
         self._to_capture: list[tuple[int, int]] = []
 
     def start(
-        self, first_slot: int, trained: Iterable[int], quarantines: Iterable[Quarantine], adopted: Iterable[InFlight]
+        self,
+        first_slot: int,
+        trained: Iterable[int],
+        quarantines: Iterable[Quarantine],
+        adopted: Iterable[InFlight],
+        stowed: Iterable[InFlight] = (),
     ) -> None:
-        """Begin at ``first_slot``; ``trained`` are slots beyond it, ``adopted`` what is leased or captured already."""
+        """Begin at ``first_slot``; ``trained`` are slots beyond it, ``adopted`` what is leased or captured already,
+        ``stowed`` what was put aside for later epochs.
+        """
         for quarantine in quarantines:
             self._quarantines.setdefault(quarantine.index, []).append(quarantine)
         for sample in adopted:
             self._enter(sample)
+        for sample in stowed:
+            sample.num_bytes = 0
+            self.stowed[sample.index] = sample
+            self._index_of[sample.sample_id] = sample.index
         self._acked = set(trained)
         self._dispatched = set(self._acked)
         self.first_open = self.next_dispatch = self.end = first_slot
@@ -162,10 +176,11 @@ class CaptureWindow:
 
     def retire(self, sample: InFlight) -> None:
         """Its features are about to be freed: nothing finds them any longer, their bytes are still resident."""
-        del self.in_flight[sample.index]
+        if self.stowed.pop(sample.index, None) is None:
+            del self.in_flight[sample.index]
         del self._index_of[sample.sample_id]
         self.leases.pop(sample.index, None)
-        self.retained.pop(sample.index, None)
+        self.waiting.pop(sample.index, None)
 
     def freed(self, sample: InFlight) -> None:
         self.resident_bytes -= sample.num_bytes
@@ -218,19 +233,30 @@ class CaptureWindow:
         for slot in slots:
             self._acked.add(slot)
             index = self._order.index_at(slot)
+            if index in self.in_flight:
+                self.in_flight[index].last_slot = slot
             still_open = self._open_slots[index]
             still_open.remove(slot)
             self._num_open -= 1
             if not still_open:
                 del self._open_slots[index]
 
-    def retain(self, samples: Iterable[InFlight], step: int) -> None:
+    def hold(self, samples: Iterable[InFlight], step: int) -> None:
         """Keep features that no open slot needs until a checkpoint of ``step`` or later."""
-        self.retained.update((sample.index, step) for sample in samples)
+        self.waiting.update((sample.index, step) for sample in samples)
 
     def covered(self, step: int) -> list[InFlight]:
-        """What was retained for a checkpoint of at most ``step``."""
-        return [self.in_flight[index] for index, since in self.retained.items() if since <= step]
+        """What was held for a checkpoint of at most ``step``."""
+        return [self.in_flight[index] for index, since in self.waiting.items() if since <= step]
+
+    def stow(self, sample: InFlight) -> None:
+        """Its features were put aside: they use up no credit until a slot of theirs opens, and no bytes from now on."""
+        self.resident_bytes -= sample.num_bytes
+        sample.num_bytes = 0
+        if sample.index not in self._open_slots:
+            del self.in_flight[sample.index]
+            self.waiting.pop(sample.index, None)
+            self.stowed[sample.index] = sample
 
     def advance(self) -> None:
         """Move the window past what is done, and open the slots that it newly covers."""
@@ -277,7 +303,9 @@ class CaptureWindow:
             return
         self._open_slots.setdefault(index, []).append(slot)
         self._num_open += 1
-        self.retained.pop(index, None)
+        self.waiting.pop(index, None)
+        if index in self.stowed:
+            self.in_flight[index] = self.stowed.pop(index)
         if index not in self.in_flight and len(self._open_slots[index]) == 1:
             heapq.heappush(self._to_capture, (slot, index))
 

@@ -17,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from specforge.contracts.capture import CaptureDtype
+
 _UNITS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
@@ -34,6 +36,10 @@ def parse_bytes(value: Any) -> Any:
 
 
 Bytes = Annotated[PositiveInt, BeforeValidator(parse_bytes)]
+
+
+BytesOrNone = Annotated[NonNegativeInt, BeforeValidator(parse_bytes)]
+"""``Bytes``, or 0."""
 
 
 class AutoStore(BaseModel):
@@ -133,7 +139,22 @@ class DataPlaneConfig(BaseModel):
 
     store: Store = Field(AutoStore(), description="The feature store.")
     mooncake: MooncakeConfig = Field(MooncakeConfig(), description="The Mooncake Store, where it is the store.")
+    retain_bytes: BytesOrNone = Field(
+        2**30,
+        description="Captured features that are kept for later epochs, up to this size: the target does not run again "
+        "for them. 0: none.",
+    )
+    retain_memory_bytes: BytesOrNone = Field(
+        2**30, description="How much of retain_bytes is kept in memory of the process that trains; the rest in files."
+    )
+    retain_dir: Path | None = Field(
+        None, description="Local directory of what is kept in files; null: retained in run_dir."
+    )
     prefetch_steps: NonNegativeInt = Field(1, description="Optimizer steps of batches that are prepared ahead.")
-    capture_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Number format of captured features; auto: the one that the target computes in."
+    prefetch_bytes: Bytes = Field(
+        2**30, description="No further step is prepared while the prepared ones take this much; one always is."
+    )
+    capture_dtype: CaptureDtype = Field(
+        "bfloat16",
+        description="Number format of captured hidden states; float8_e4m3fn: with a scale a token and layer.",
     )

@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 
 from specforge.contracts.batches import StepBatches, TrainBatch
+from specforge.contracts.capture import FLOAT8, SCALE_SUFFIX
 from specforge.contracts.refs import SampleRef, SlotRef
 from specforge.data_plane.base import FeatureStore
+from specforge.data_plane.encoding import DECODED, decode
 from specforge.data_plane.packing import plan_rank
 from specforge.data_plane.tensors import DTYPES
 from specforge.errors import ContractError, FeatureNotFound
@@ -18,7 +20,22 @@ from specforge.errors import ContractError, FeatureNotFound
 IDS_FEATURE = "input_ids"
 
 FeatureWidths = dict[str, tuple[str, int]]
-"""name -> (dtype, D) of every feature besides the token ids."""
+"""name -> (dtype, D) of every feature besides the token ids, as stored."""
+
+
+def step_bytes(step: StepBatches[torch.Tensor]) -> int:
+    """Bytes of all tensors of one rank's share of a step."""
+    return sum(
+        tensor.nbytes
+        for batch in step.micro_batches
+        for tensor in (
+            batch.input_ids,
+            batch.loss_mask,
+            batch.position_ids,
+            batch.document_ids,
+            *batch.features.values(),
+        )
+    )
 
 
 class RefSource(Protocol):
@@ -54,9 +71,10 @@ class LoaderSettings:
 class FeatureDataLoader:
     """Iterator of ``StepBatches``, one an optimizer step; the last step may have fewer slots.
 
-    Every rank draws the same slots, and takes its share by position. Features keep their stored dtype. Raises
-    ``FeatureNotFound`` where the features of a dispatched slot are gone, ``ContractError`` where a sample is not what
-    the run trains on, both naming the sample; ``ContractError`` where a source in strict order goes back.
+    Every rank draws the same slots, and takes its share by position. Features keep their stored dtype, but float8 ones
+    come out as bfloat16 and without their scales. Raises ``FeatureNotFound`` where the features of a dispatched slot
+    are gone, ``ContractError`` where a sample is not what the run trains on, both naming the sample; ``ContractError``
+    where a source in strict order goes back.
 
     A position (``num_slots``) is the number of the first slot that is not covered; in arrival order, which has no such
     slot, it is how many slots were drawn.
@@ -149,7 +167,9 @@ class FeatureDataLoader:
         return widths
 
     def _pack(self, items: Sequence[SlotRef], widths: FeatureWidths) -> TrainBatch[torch.Tensor]:
-        """One copy of every feature, from the store's buffers into the batch; the claims end with it."""
+        """One copy of every feature, from the store's buffers into the batch (a decoding one of float8); the claims end
+        with it.
+        """
         try:
             lent = self._store.get([item.ref for item in items])
         except FeatureNotFound as error:
@@ -180,10 +200,11 @@ class FeatureDataLoader:
                 loss_mask[start + first : start + last] = True
             start = end
         features = {}
-        for name, (dtype, width) in widths.items():
-            staged = self._staging(DTYPES[dtype], sum(lengths), width)
-            features[name] = self._moved(_fill(staged, [sample[name] for sample in samples]))
-        ids = _fill(self._staging(torch.int64, sum(lengths)), [sample[IDS_FEATURE] for sample in samples])
+        for name, (dtype, width) in _without_scales(widths).items():
+            staged = self._staging(DTYPES[DECODED if dtype == FLOAT8 else dtype], sum(lengths), width)
+            fill = _decode_into if dtype == FLOAT8 else _fill
+            features[name] = self._moved(fill(staged, samples, name))
+        ids = _fill(self._staging(torch.int64, sum(lengths)), samples, IDS_FEATURE)
         return TrainBatch(
             input_ids=self._moved(ids),
             loss_mask=self._moved(loss_mask),
@@ -196,15 +217,20 @@ class FeatureDataLoader:
         )
 
     def _staging(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """An empty host tensor; pinned where it goes on to a GPU, so that the copy there can overlap."""
+        """An empty host tensor; pinned where it goes on to a GPU, so that the copy there can overlap.
+
+        It may be dropped while that copy runs: PyTorch's host allocator gives pinned memory out again only after the
+        copies from it that were under way.
+        """
         return torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the device. The copy is on the stream that computes (each thread's default one), hence before its use."""
         return tensor.to(self._device, non_blocking=True)
 
 
 def _feature_widths(ref: SampleRef) -> FeatureWidths:
-    """Checks the specs of ``ref`` against its token count and spans."""
+    """Checks the specs of ``ref`` against its token count and spans, and float8 features against their scales."""
     specs = {spec.name: spec for spec in ref.features}
     ids = specs.pop(IDS_FEATURE, None)
     if ids is None or (ids.dtype, ids.shape) != ("int32", (ref.num_tokens,)):
@@ -224,13 +250,38 @@ def _feature_widths(ref: SampleRef) -> FeatureWidths:
                 f"sample {ref.sample_id!r}: loss spans must ascend inside [0, {ref.num_tokens}), got {ref.loss_spans}"
             )
         position = end
-    return {spec.name: (spec.dtype, spec.shape[1]) for spec in specs.values()}
+    widths = {spec.name: (spec.dtype, spec.shape[1]) for spec in specs.values()}
+    for name, (dtype, width) in widths.items():
+        if dtype == FLOAT8:
+            scales = widths.get(name + SCALE_SUFFIX)
+            if scales is None or scales[0] != "float32" or not scales[1] or width % scales[1]:
+                raise ContractError(
+                    f"sample {ref.sample_id!r}: feature {name!r} is {FLOAT8} [tokens, {width}] and needs the feature "
+                    f"{name + SCALE_SUFFIX!r} as float32 [tokens, a divisor of {width}], got {scales}"
+                )
+    return widths
 
 
-def _fill(target: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Copy ``parts`` into ``target`` one after the other (casting to its dtype)."""
+def _without_scales(widths: FeatureWidths) -> FeatureWidths:
+    scales = {name + SCALE_SUFFIX for name, (dtype, _) in widths.items() if dtype == FLOAT8}
+    return {name: width for name, width in widths.items() if name not in scales}
+
+
+def _fill(target: torch.Tensor, samples: Sequence[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
+    """Copy the feature ``name`` of ``samples`` into ``target`` one after the other (casting to its dtype)."""
     start = 0
-    for part in parts:
-        target[start : start + len(part)].copy_(part)
-        start += len(part)
+    for sample in samples:
+        end = start + len(sample[name])
+        target[start:end].copy_(sample[name])
+        start = end
+    return target
+
+
+def _decode_into(target: torch.Tensor, samples: Sequence[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
+    """The same for a float8 feature."""
+    start = 0
+    for sample in samples:
+        end = start + len(sample[name])
+        decode(sample[name], sample[name + SCALE_SUFFIX], target[start:end])
+        start = end
     return target

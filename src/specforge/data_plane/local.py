@@ -30,6 +30,7 @@ class LocalFeatureStore:
     """``FeatureStore`` of one process. ``capacity_bytes=None`` means no budget. Safe to use from several threads."""
 
     name = "local"
+    keeps_references = True
 
     def __init__(self, capacity_bytes: int | None = None) -> None:
         self._capacity_bytes = capacity_bytes
@@ -61,6 +62,11 @@ class LocalFeatureStore:
             self._readable.update(wanted)
             self._live_bytes += num_bytes
         return [StoredFeatures(self.name, "", sample.num_bytes, sample.specs) for sample in samples]
+
+    @staticmethod
+    def key_of(_pair: tuple[str, int]) -> str:
+        """The pair itself finds features here."""
+        return ""
 
     def get(self, refs: Sequence[SampleRef]) -> list[tuple[dict[str, torch.Tensor], FeatureHandle]]:
         with self._lock:

@@ -74,7 +74,7 @@ def materialised(source: Source) -> torch.Tensor:
     """``source`` as one tensor: itself where it is one."""
     if isinstance(source, torch.Tensor):
         return source.detach()
-    tensor = torch.empty(source.shape, dtype=DTYPES[source.dtype])
+    tensor = torch.empty(source.shape, dtype=DTYPES[source.dtype], device=source.parts[0].device)
     write(tensor, source)
     return tensor
 

@@ -10,14 +10,19 @@ from torch import Tensor
 
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 from specforge.contracts.tasks import PromptTask
+from specforge.data_plane.tensors import Source
 
 
 @dataclass(frozen=True, slots=True)
 class CapturedSample:
-    """Features of one task: ``input_ids`` int32 [S], and as the spec says ``aux`` [S, n*H], ``last`` [S, H]."""
+    """Features of one task: ``input_ids`` int32 [S], and as the spec says ``aux`` [S, n*H], ``last`` [S, H].
+
+    Hidden states are neither joined nor cast here but by the put, with the one copy that it makes; only float8 ones are
+    encoded before (``data_plane.encoding.encoded``).
+    """
 
     sample_id: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Source]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,10 @@ class TargetSession(Protocol):
     """The target decoding one sequence with a KV cache, as speculative decoding needs it."""
 
     def forward(self, token_ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Process tokens at the next positions: fp32 logits [m, V] and the features of those positions, each [m, D]."""
+        """Process tokens at the next positions: fp32 logits [m, V] and the features of those positions, each [m, D].
+
+        Features are tensors as the target computed them, whatever dtype the spec would store.
+        """
         ...
 
     def crop(self, num_tokens: int) -> None:

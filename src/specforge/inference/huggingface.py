@@ -20,6 +20,8 @@ from transformers.utils import logging
 from specforge.algorithms.base import TargetTables, target_logits
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 from specforge.contracts.tasks import PromptTask
+from specforge.data_plane.encoding import encoded
+from specforge.data_plane.tensors import Source
 from specforge.errors import DataError, TargetError
 from specforge.inference.cache import GrowingCache
 from specforge.inference.engine import CapturedSample, Generation
@@ -58,7 +60,7 @@ class HFTargetEngine:
         return self._tables
 
     def capture(self, tasks: Sequence[PromptTask], spec: CaptureSpec) -> Iterator[CapturedSample]:
-        """One unpadded forward a task: ``input_ids`` int32 [S], ``aux`` [S, n*H], ``last`` [S, H] in ``spec.dtype``.
+        """One unpadded forward a task: ``input_ids`` int32 [S], ``aux`` [S, n*H], ``last`` [S, H] for ``spec.dtype``.
 
         Raises :class:`TargetError` for layer ids that the target does not have, :class:`DataError` for a prompt
         that it cannot read (empty, or ids outside the vocabulary).
@@ -68,7 +70,9 @@ class HFTargetEngine:
             input_ids = self._ids([task.input_ids])
             with torch.no_grad(), tapped(self._layers, spec.aux_layers) as outputs:
                 last = self._backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-            tensors = {"input_ids": input_ids[0].to(torch.int32), **_features(outputs, last, spec)}
+            tensors: dict[str, Source] = {"input_ids": input_ids[0].to(torch.int32)}
+            for name, layers in _features(outputs, last, spec).items():
+                tensors |= encoded(name, layers, spec.dtype)
             yield CapturedSample(task.sample_id, tensors)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
@@ -132,7 +136,9 @@ class HFTargetEngine:
             last = self._backbone(
                 input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state
-            return target_logits(self.tables, last[0]), _features(outputs, last, spec)
+            found = _features(outputs, last, spec)
+            features = {name: torch.cat(it, dim=-1) if len(it) > 1 else it[0] for name, it in found.items()}
+            return target_logits(self.tables, last[0]), features
 
     def _ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
         for row in rows:
@@ -232,14 +238,10 @@ def _tables(model: Any, info: TargetInfo) -> TargetTables:
     )
 
 
-def _features(outputs: dict[int, Tensor], last: Tensor, spec: CaptureSpec) -> dict[str, Tensor]:
-    dtype = DTYPES[spec.dtype]
-    features: dict[str, Tensor] = {}
-    if spec.aux_layers:
-        features["aux"] = torch.cat([outputs[layer][0] for layer in spec.aux_layers], dim=-1).to(dtype)
-    if spec.last_hidden:
-        features["last"] = last[0].to(dtype)
-    return features
+def _features(outputs: dict[int, Tensor], last: Tensor, spec: CaptureSpec) -> dict[str, list[Tensor]]:
+    """Name -> the captured layers [m, H] that it consists of, as they were computed."""
+    features = {"aux": [outputs[layer][0] for layer in spec.aux_layers], "last": [last[0]] if spec.last_hidden else []}
+    return {name: layers for name, layers in features.items() if layers}
 
 
 def _until_stop(row: list[int], stops: tuple[int, ...]) -> Generation:

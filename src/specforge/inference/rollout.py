@@ -15,6 +15,7 @@ from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.refs import SampleRef
 from specforge.control_plane.base import CaptureControl, Lease
 from specforge.data_plane.base import FeatureStore, PutRequest, StoredFeatures
+from specforge.data_plane.encoding import not_finite
 from specforge.errors import (
     ConfigError,
     ControlPlaneError,
@@ -140,7 +141,7 @@ class RolloutWorker:
             self._fail(lease, _reason(error))
             return None
         fault_point("worker.captured")
-        damaged = _not_finite(sample)
+        damaged = not_finite(sample.tensors)
         if damaged is not None:
             self._fail(lease, f"the target gave NaN or infinite values in feature {damaged!r}")
             return None
@@ -212,14 +213,6 @@ class RolloutWorker:
         if now - self._last_sign_of_life > lease_duration_s / 3:
             self._control.heartbeat(self._settings.worker_id)
             self._last_sign_of_life = now
-
-
-def _not_finite(sample: CapturedSample) -> str | None:
-    """Name of the first floating-point feature that has a NaN or an infinity."""
-    for name, tensor in sample.tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return name
-    return None
 
 
 def _reason(error: BaseException) -> str:

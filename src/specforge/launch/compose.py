@@ -1,13 +1,13 @@
-"""The composition root: the only file that names concrete classes.
+"""The composition root: the only file, with ``stores``, that names concrete classes.
 
     prompts          load_prompt_tasks            JSONL -> PromptTask (in ``inputs``)
     control plane    DataFlowController           the life of every sample, over a MetadataStore
                      ControlPlaneServer/Client    the same protocol between processes
                      memory channel               committed refs -> StreamingRefQueue
-    data plane       LocalFeatureStore            one process
-                     SharedMemoryFeatureStore     processes on one host
+    data plane       the feature stores           in ``stores``
                      FeatureDataLoader            refs + store -> StepBatches
     capture          HFTargetEngine, RolloutWorker
+                     OfflineManifestReader        the same over features that were captured earlier
     training         Trainer, MasterOptimizer, Checkpointer
 
 Builders, one a topology: ``build_online_runtime`` (one process), ``build_disagg_online_consumer`` and
@@ -20,10 +20,10 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,17 +44,19 @@ from specforge.control_plane.config import Ledger as LedgerConfig
 from specforge.control_plane.config import MemoryLedger, NoLedger, PostgresLedger, SqliteLedger
 from specforge.control_plane.controller import ControllerSettings, DataFlowController
 from specforge.control_plane.metadata.base import Position
-from specforge.control_plane.modes import DeploymentMode, resolve_control_plane
+from specforge.control_plane.modes import Deployment, DeploymentMode, resolve_control_plane
 from specforge.control_plane.prompts import ListedTasks, SampleOrder
 from specforge.control_plane.server import ControlPlaneServer
 from specforge.data_plane.base import FeatureStore
 from specforge.data_plane.config import LocalStore, SharedMemoryStore
-from specforge.data_plane.loader import FeatureDataLoader, LoaderSettings, RefSource
-from specforge.data_plane.local import LocalFeatureStore
+from specforge.data_plane.loader import FeatureDataLoader, LoaderSettings, RefSource, step_bytes
+from specforge.data_plane.offline import FeatureSet
 from specforge.data_plane.prefetch import PrefetchIterator
-from specforge.data_plane.shared_memory import SHARED_MEMORY, SharedMemoryFeatureStore, collect_orphans
+from specforge.data_plane.retention import RetainingFeatureStore
 from specforge.errors import ConfigError
+from specforge.inference.engine import TargetEngine
 from specforge.inference.huggingface import HFTargetEngine
+from specforge.inference.offline import OfflineManifestReader
 from specforge.inference.rollout import RolloutSettings, RolloutWorker
 from specforge.launch.child import ChildSpec
 from specforge.launch.endpoint import Endpoint
@@ -68,7 +70,8 @@ from specforge.launch.inputs import (
     resolve_device,
     resolve_dtype,
 )
-from specforge.launch.plan import ARENA_SHARE, Plan, capture_names, max_resident_samples, run_id
+from specforge.launch.offline import verify_features
+from specforge.launch.plan import ARENA_SHARE, Plan, capture_names
 from specforge.launch.runtime import (
     CaptureRuntime,
     HandOver,
@@ -78,6 +81,7 @@ from specforge.launch.runtime import (
     TrainOutcome,
     TrainRuntime,
 )
+from specforge.launch.stores import clear, make_room, open_reader, open_writer, start_service, with_retention
 from specforge.monitor.console import ConsoleMonitor
 from specforge.monitor.fanout import FanoutMonitor
 from specforge.monitor.jsonl import JsonlMonitor
@@ -89,8 +93,6 @@ from specforge.training.trainer import Ledger, Trainable, Trainer, TrainerSettin
 
 MAX_LEASES = 8
 """Samples that a rollout worker leases at a time."""
-ARENA_OVERHEAD = 1.1
-"""The file of an arena is larger than its capacity, by less than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +110,37 @@ class Served:
 def build_online_runtime(config: RunConfig, *, resume: bool = False) -> TrainRuntime:
     """One process: the trainer's thread captures what it is about to train on."""
     inputs = read_run_inputs(config)
+    verify_features(config, inputs.tasks)
     with contextlib.ExitStack() as resources:
-        store = LocalFeatureStore()
+        inputs = replace(inputs, config=resolve(config, inputs.plan, resources))
+        make_room(inputs.config, inputs.plan, resume)
+        resources.callback(clear, inputs.config)
+        store = open_writer(inputs.config)
+        resources.callback(store.close)
         runtime = _train_side(inputs, store, resources, resume, engine=make_engine(inputs.config, inputs.target))
     return runtime
+
+
+def build_offline_runtime(config: RunConfig, *, resume: bool = False) -> TrainRuntime:
+    """One process over features that were captured earlier."""
+    _check_offline(config, "colocated")
+    return build_online_runtime(config, resume=resume)
+
+
+def build_disagg_offline_runtime(
+    config: RunConfig, *, resume: bool = False, keep_open: tuple[int, ...] = (), command: Sequence[str] = ROLES
+) -> HostRuntime:
+    """Processes over features that were captured earlier: those that capture read the files, none loads the target."""
+    _check_offline(config, "disaggregated")
+    return build_disagg_online_runtime(config, resume=resume, keep_open=keep_open, command=command)
+
+
+def _check_offline(config: RunConfig, topology: str) -> None:
+    if config.data.features is None or config.topology != topology:
+        raise ConfigError(
+            f"a {topology} offline run has data.features and topology = {topology}; got data.features = "
+            f"{config.data.features} and topology = {config.topology}"
+        )
 
 
 def build_disagg_online_consumer(
@@ -120,7 +149,7 @@ def build_disagg_online_consumer(
     """The train process: ledger, controller and its server, loader, trainer. ``serve()`` gives the endpoint."""
     inputs = read_run_inputs(config)
     with contextlib.ExitStack() as resources:
-        store = SharedMemoryFeatureStore.attach(run_id(config))
+        store = open_reader(config)
         resources.callback(store.close)
         served = served or Served(None, secrets.token_urlsafe(32))
         runtime = _train_side(inputs, store, resources, resume, served=served)
@@ -128,10 +157,11 @@ def build_disagg_online_consumer(
 
 
 def build_disagg_online_producer(config: RunConfig, *, worker_id: str) -> CaptureRuntime:
-    """The capture process: target, arena and rollout worker. ``config`` is resolved: it names the arena's size."""
+    """The capture process: target, store and rollout worker. ``config`` is resolved: it names the store's size."""
     inputs = read_target_inputs(config)
     with contextlib.ExitStack() as resources:
-        store = make_arena(config, resources)
+        store = open_writer(config)
+        resources.callback(store.close)
         engine = make_engine(config, inputs.target)
 
         def connect(url: str, token: str, open_until_end: contextlib.ExitStack) -> RolloutWorker:
@@ -151,15 +181,16 @@ def build_disagg_online_runtime(
     ``keep_open``: file descriptors that the children inherit, such as the lock of the run. ``command`` starts a child.
     """
     inputs = read_run_inputs(config)
+    verify_features(config, inputs.tasks)
     newest = make_checkpointer(config).newest_state() if resume else None
     if newest is not None:
         check_same_run(newest.path, newest.provenance, make_provenance(inputs))
     with contextlib.ExitStack() as resources:
         endpoint = Endpoint.open(config.control_plane.host, config.control_plane.port)
         resources.callback(endpoint.close)
-        resources.callback(collect_orphans, run_id(config))
-        make_room(config, inputs.plan, resume)
-        resolved = resolve(config, inputs.plan)
+        resolved = resolve(config, inputs.plan, resources)
+        make_room(resolved, inputs.plan, resume)
+        resources.callback(clear, resolved)
         config_file = config.run_dir / RESOLVED_FILE
         dump_run_config(resolved, config_file)
         logs = config.run_dir / "logs"
@@ -172,43 +203,27 @@ def build_disagg_online_runtime(
     return runtime
 
 
-def make_room(config: RunConfig, plan: Plan, resume: bool) -> None:
-    """Free what an earlier start of the run left in shared memory, as far as it is not wanted any more.
-
-    A resumed run takes up features that can still be read, unless the new arenas would find no room beside them.
-    """
-    if resume:
-        with contextlib.closing(SharedMemoryFeatureStore.attach(run_id(config))) as store:
-            store.gc()
-        needed = len(capture_names(config)) * (plan.store_capacity_bytes or 0)
-        if shutil.disk_usage(SHARED_MEMORY).free > needed * ARENA_OVERHEAD:
-            return
-    collect_orphans(run_id(config))
-
-
 def run_disagg_online_interleaved(config: RunConfig, *, resume: bool = False) -> TrainOutcome:
     """Both halves of the disaggregated path in this process, alternating: its ledger and its arena, no network."""
-    inputs = read_run_inputs(config)
-    resolved = replace(inputs, config=resolve(config, inputs.plan))
-    if not resume:
-        collect_orphans(run_id(config))
-    with contextlib.ExitStack() as resources:
-        resources.callback(collect_orphans, run_id(config))
-        store = make_arena(resolved.config, resources)
-        engine = make_engine(config, inputs.target)
-        outcome = _train_side(resolved, store, resources, resume, engine=engine).run()
-    return outcome
+    return build_online_runtime(config, resume=resume).run()
 
 
-def resolve(config: RunConfig, plan: Plan) -> RunConfig:
-    """``config`` with every automatic choice of ``plan`` written down: what children read."""
-    stores = {
-        "local": LocalStore(),
-        "shared_memory": SharedMemoryStore(capacity_bytes=plan.store_capacity_bytes or 1),
-    }
-    data_plane = config.data_plane.model_copy(update={"store": stores[plan.store]})
+def resolve(config: RunConfig, plan: Plan, resources: contextlib.ExitStack) -> RunConfig:
+    """``config`` with every automatic choice of ``plan`` written down: what children read.
+
+    A managed service is started for it, and ends when ``resources`` close.
+    """
+    found: dict[str, Any] = {}
+    if plan.store == "shared_memory":
+        found["store"] = SharedMemoryStore(capacity_bytes=plan.store_capacity_bytes or 1)
+    elif plan.store == "local":
+        found["store"] = LocalStore()
+    if plan.transfer_bytes is not None:
+        found["mooncake"] = config.data_plane.mooncake.model_copy(update={"buffer_bytes": plan.transfer_bytes})
+    data_plane = config.data_plane.model_copy(update=found)
     control_plane = config.control_plane.model_copy(update={"ledger": resolved_ledger(plan)})
-    return config.model_copy(update={"data_plane": data_plane, "control_plane": control_plane})
+    resolved = config.model_copy(update={"data_plane": data_plane, "control_plane": control_plane})
+    return start_service(resolved, plan, resources)
 
 
 def resolved_ledger(plan: Plan) -> LedgerConfig:
@@ -220,28 +235,18 @@ def resolved_ledger(plan: Plan) -> LedgerConfig:
     return MemoryLedger() if plan.ledger == "memory" else NoLedger()
 
 
-def make_engine(config: RunConfig, target: TargetInfo) -> HFTargetEngine:
-    """The frozen target, in this process."""
+def make_engine(config: RunConfig, target: TargetInfo) -> TargetEngine:
+    """The frozen target, in this process; or what was captured of it earlier."""
     torch.set_num_threads(config.training.threads)
+    if config.data.features is not None:
+        return OfflineManifestReader(target, FeatureSet(config.data.features))
     device = resolve_device(config.target.device)
     dtype = str(resolve_dtype(config.target.dtype, device)).removeprefix("torch.")
     return HFTargetEngine(target, dtype, device, config.target.trust_remote_code)
 
 
-def make_arena(config: RunConfig, resources: contextlib.ExitStack) -> SharedMemoryFeatureStore:
-    """A new arena of this process. What dead writers of the same run left stays: it may still be trained."""
-    store = config.data_plane.store
-    if not isinstance(store, SharedMemoryStore):
-        raise ConfigError(f"this process writes to shared memory, but data_plane.store.kind is {store.kind}")
-    arena = SharedMemoryFeatureStore.create(
-        run_id(config), store.capacity_bytes, max_samples=2 * max_resident_samples(config) + 64
-    )
-    resources.callback(arena.close)
-    return arena
-
-
 def make_worker(
-    inputs: TargetInputs | RunInputs, control: CaptureControl, engine: HFTargetEngine, store: FeatureStore, name: str
+    inputs: TargetInputs | RunInputs, control: CaptureControl, engine: TargetEngine, store: FeatureStore, name: str
 ) -> RolloutWorker:
     settings = RolloutSettings(
         worker_id=name,
@@ -311,7 +316,7 @@ def _train_side(
     resources: contextlib.ExitStack,
     resume: bool,
     *,
-    engine: HFTargetEngine | None = None,
+    engine: TargetEngine | None = None,
     served: Served | None = None,
 ) -> TrainRuntime:
     """Controller, loader and trainer over ``store``; takes ``resources`` over. ``engine``: capture in this thread."""
@@ -322,6 +327,7 @@ def _train_side(
     position = checkpoint.position if checkpoint else TrainPosition()
     trainable = make_trainable(inputs)
     writer, reader = memory_channel()
+    store = with_retention(config, store, resources)
     controller = make_controller(inputs, writer, store)
     resources.callback(controller.close)
     monitor = make_monitor(config, plan, position)
@@ -344,7 +350,13 @@ def _train_side(
     loader = FeatureDataLoader(refs, store, loader_settings(inputs, position))
     batches: Iterator[StepBatches[Tensor]] = loader
     if engine is None and config.data_plane.prefetch_steps:
-        prefetch = PrefetchIterator(loader, config.data_plane.prefetch_steps, unblock=controller.finish)
+        prefetch = PrefetchIterator(
+            loader,
+            config.data_plane.prefetch_steps,
+            unblock=controller.finish,
+            size=step_bytes,
+            max_bytes=config.data_plane.prefetch_bytes,
+        )
         resources.callback(prefetch.close)
         batches = prefetch
     endpoint = None
@@ -361,17 +373,16 @@ def _train_side(
     )
 
 
-def make_controller(inputs: RunInputs, writer: RefWriter, store: FeatureStore) -> DataFlowController:
+def make_controller(inputs: RunInputs, writer: RefWriter, store: RetainingFeatureStore) -> DataFlowController:
     config, plan = inputs.config, inputs.plan
     controller, _ = resolve_control_plane(
-        MODES[plan.ledger],
+        Deployment(MODES[plan.ledger], plan.ledger_url or plan.ledger_path, plan.ledger_name),
         SampleOrder(len(inputs.tasks), config.training.num_epochs, config.seed, config.control_plane.shuffle),
         ListedTasks(inputs.tasks),
         writer,
         controller_settings(inputs),
         store,
-        ledger=plan.ledger_url or plan.ledger_path,
-        ledger_name=plan.ledger_name,
+        store if plan.retain_memory_bytes or plan.retain_file_bytes else None,
     )
     return controller
 

@@ -16,6 +16,7 @@ from specforge.contracts.features import ITEM_BYTES
 from specforge.contracts.tasks import PromptTask
 from specforge.errors import ConfigError, DataError
 from specforge.inference.target import count_parameters, load_tokenizer, read_target_info
+from specforge.launch.offline import read_feature_prompts
 from specforge.launch.plan import DataFacts, ModelFacts, Plan, make_plan
 from specforge.prompts.tasks import load_prompt_tasks
 
@@ -70,13 +71,13 @@ class RunInputs:
 def read_target_inputs(config: RunConfig) -> TargetInputs:
     target = read_target_info(config.target.path, config.target.trust_remote_code)
     algorithm = get_algorithm(config.algorithm)
-    return TargetInputs(config, target, algorithm, algorithm.capture_spec(target, capture_dtype(config)))
+    return TargetInputs(config, target, algorithm, algorithm.capture_spec(target, config.data_plane.capture_dtype))
 
 
 def read_run_inputs(config: RunConfig) -> RunInputs:
     """Read target and prompts and resolve the plan; a :class:`UserError` for everything that cannot be run."""
     inputs = read_target_inputs(config)
-    tasks = load_prompt_tasks(config.data, load_tokenizer(config.target.path, config.target.trust_remote_code))
+    tasks = read_tasks(config, inputs)
     check_vocabulary(config, tasks, inputs.target)
     facts = DataFacts(
         num_samples=len(tasks),
@@ -87,11 +88,18 @@ def read_run_inputs(config: RunConfig) -> RunInputs:
         str(resolve_dtype(config.target.dtype, resolve_device(config.target.device))).removeprefix("torch.")
     ]
     models = ModelFacts(
-        target_bytes=width * count_parameters(inputs.target.path),
+        target_bytes=0 if config.data.features else width * count_parameters(inputs.target.path),
         draft_parameters=inputs.algorithm.draft_config(inputs.target).num_parameters,
     )
     plan = make_plan(config, inputs.target, inputs.spec, facts, models)
     return RunInputs(config, inputs.target, inputs.algorithm, inputs.spec, tasks, plan)
+
+
+def read_tasks(config: RunConfig, inputs: TargetInputs) -> list[PromptTask]:
+    """The prompts of ``data.path``, or those that were recorded with ``data.features``."""
+    if config.data.features is not None:
+        return read_feature_prompts(config, inputs.target, inputs.spec)
+    return load_prompt_tasks(config.data, load_tokenizer(config.target.path, config.target.trust_remote_code))
 
 
 def check_vocabulary(config: RunConfig, tasks: list[PromptTask], target: TargetInfo) -> None:
@@ -99,8 +107,9 @@ def check_vocabulary(config: RunConfig, tasks: list[PromptTask], target: TargetI
     for task in tasks:
         if max(task.input_ids) >= target.vocab_size:
             raise DataError(
-                f"{config.data.path}: sample {task.index} has token id {max(task.input_ids)}, but the vocabulary of "
-                f"{target.path} has {target.vocab_size} tokens; give samples that were made for this target"
+                f"{config.data.path or config.data.features}: sample {task.index} has token id {max(task.input_ids)}, "
+                f"but the vocabulary of {target.path} has {target.vocab_size} tokens; give "
+                "samples that were made for this target"
             )
 
 
@@ -126,11 +135,3 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def capture_dtype(config: RunConfig) -> str:
-    """Number format of captured features: the target's own unless the run says otherwise."""
-    if config.data_plane.capture_dtype != "auto":
-        return config.data_plane.capture_dtype
-    dtype = resolve_dtype(config.target.dtype, resolve_device(config.target.device))
-    return str(dtype).removeprefix("torch.")

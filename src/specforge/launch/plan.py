@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from specforge.config.run import RunConfig
-from specforge.contracts.capture import CaptureSpec, TargetInfo
-from specforge.contracts.features import ITEM_BYTES, aligned
+from specforge.contracts.capture import FLOAT8, CaptureSpec, TargetInfo
+from specforge.contracts.features import ITEM_BYTES, layout
 from specforge.errors import ConfigError
 
 ARENA_SHARE = 0.75
@@ -55,7 +55,9 @@ class ProcessPlan:
 class Plan:
     """Everything that is decided before a run starts. Bytes are bytes; ``bytes_per_token`` counts features.
 
-    ``store_capacity_bytes`` is the size of each arena: every one can hold all features of the run. ``window_bytes`` are
+    ``store_capacity_bytes`` is the size of each arena, or of the managed Mooncake Store: every one can hold all
+    features that are resident at a time. ``transfer_bytes``: the registered buffer of each process that uses Mooncake.
+    ``retain_memory_bytes`` and ``retain_file_bytes`` is what may wait for a later epoch. ``window_bytes`` are
     the features of the window at most; ``resident_bytes`` those that each release policy keeps at most.
     ``ledger_path`` is of SQLite, ``ledger_url`` and ``ledger_name`` (the schema) are of PostgreSQL.
     """
@@ -64,6 +66,10 @@ class Plan:
     processes: tuple[ProcessPlan, ...]
     store: str
     store_capacity_bytes: int | None
+    transfer_bytes: int | None
+    retain_memory_bytes: int
+    retain_file_bytes: int
+    warnings: tuple[str, ...]
     ledger: str
     ledger_path: Path | None
     ledger_url: str | None
@@ -101,15 +107,30 @@ def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: Da
     if config.training.max_steps is not None:
         total_steps = min(total_steps, config.training.max_steps)
     kind = store_kind(config)
-    capacity = arena_capacity(config, max_sample) if kind == "shared_memory" else None
+    capacity = store_capacity(config, max_sample)
+    transfer = transfer_bytes(config, max_sample, per_token) if kind == "mooncake" else 0
+    in_memory, in_files = retained_bytes(config, per_token * data.num_tokens)
     resident_bytes = {policy: num * max_sample for policy, num in resident_samples(config).items()}
-    held_bytes = capacity or resident_bytes[config.control_plane.release]
+    # What a process that captures holds of the features.
+    held = {
+        "local": resident_bytes[config.control_plane.release],
+        "shared_memory": capacity or 0,
+        "shared_dir": 0,
+        "mooncake": transfer,
+    }
     ledger = ledger_kind(config)
     return Plan(
         topology=config.topology,
-        processes=_processes(config, models, train_bytes(config, target, per_token, models), held_bytes),
+        processes=(
+            *_processes(config, models, train_bytes(config, target, spec, models) + in_memory + transfer, held[kind]),
+            *_services(kind, capacity),
+        ),
         store=kind,
         store_capacity_bytes=capacity,
+        transfer_bytes=transfer or None,
+        retain_memory_bytes=in_memory,
+        retain_file_bytes=in_files,
+        warnings=_warnings(config),
         ledger=ledger,
         ledger_path=ledger_path(config) if ledger == "sqlite" else None,
         **ledger_place(config),
@@ -134,19 +155,22 @@ def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: Da
 
 
 def bytes_per_token(target: TargetInfo, spec: CaptureSpec) -> int:
-    """Feature bytes of one token: auxiliary layers, last hidden state, and the int32 token id."""
-    width = (len(spec.aux_layers) + int(spec.last_hidden)) * target.hidden_size
-    return width * ITEM_BYTES[spec.dtype] + ITEM_BYTES["int32"]
+    """Feature bytes of one token: auxiliary layers, last hidden state, their scales, and the int32 token id."""
+    widths = spec.widths(target.hidden_size)
+    return ITEM_BYTES["int32"] + sum(width * ITEM_BYTES[dtype] for _, dtype, width in widths)
 
 
 def sample_bytes(target: TargetInfo, spec: CaptureSpec, num_tokens: int) -> int:
     """Bytes of one sample's buffer: each feature padded to the alignment."""
-    item = ITEM_BYTES[spec.dtype] * target.hidden_size * num_tokens
-    return (
-        aligned(ITEM_BYTES["int32"] * num_tokens)
-        + (aligned(item * len(spec.aux_layers)) if spec.aux_layers else 0)
-        + (aligned(item) if spec.last_hidden else 0)
-    )
+    shapes = [(name, dtype, (num_tokens, width)) for name, dtype, width in spec.widths(target.hidden_size)]
+    return layout([("input_ids", "int32", (num_tokens,)), *shapes])[1]
+
+
+def batch_bytes(target: TargetInfo, spec: CaptureSpec) -> int:
+    """Bytes of one token in a packed batch: features (float8 as bfloat16), ids, position and document int64, a mask."""
+    item = ITEM_BYTES["bfloat16" if spec.dtype == FLOAT8 else spec.dtype]
+    width = (len(spec.aux_layers) + int(spec.last_hidden)) * target.hidden_size
+    return item * width + 3 * ITEM_BYTES["int64"] + ITEM_BYTES["bool"]
 
 
 def resident_samples(config: RunConfig) -> dict[str, int]:
@@ -161,28 +185,61 @@ def max_resident_samples(config: RunConfig) -> int:
     return resident_samples(config)[config.control_plane.release]
 
 
-def arena_capacity(config: RunConfig, max_sample: int) -> int:
-    """Bytes of one arena: as configured, or the smallest that always holds what is kept.
+def store_capacity(config: RunConfig, max_sample: int) -> int | None:
+    """Bytes of each arena, or of a managed Mooncake Store: as configured, or the smallest that always holds what is
+    kept. ``None`` of a store without a size of its own.
 
-    Refuses an arena in which that could not always be resident. Any worker may come to hold all of it.
+    Refuses one in which that could not always be resident. Any worker may come to hold all of it.
     """
+    kind, store, mooncake = store_kind(config), config.data_plane.store, config.data_plane.mooncake
+    if kind not in {"shared_memory", "mooncake"} or (kind == "mooncake" and not mooncake.managed):
+        return None
     resident_bytes = max_resident_samples(config) * max_sample
     window_bytes = resident_samples(config)["at_step"] * max_sample
     # What waits for a checkpoint must not keep capture paused, hence a share of it below the low watermark.
     waiting_bytes = (resident_bytes - window_bytes) / config.control_plane.low_watermark
     needed = default_capacity(window_bytes + math.ceil(waiting_bytes), max_sample)
-    store = config.data_plane.store
-    if store.kind != "shared_memory":
+    if store.kind == "shared_memory":
+        name, capacity = "data_plane.store.capacity_bytes", store.capacity_bytes
+    elif kind == "mooncake" and mooncake.capacity_bytes is not None:
+        name, capacity = "data_plane.mooncake.capacity_bytes", mooncake.capacity_bytes
+    else:
         return needed
-    capacity = store.capacity_bytes
     if max_sample > capacity * MAX_SAMPLE_SHARE or resident_bytes > capacity * ARENA_SHARE:
         raise ConfigError(
-            f"data_plane.store.capacity_bytes is {capacity:,}, but with control_plane.release = "
+            f"{name} is {capacity:,}, but with control_plane.release = "
             f"{config.control_plane.release} the samples kept may take {resident_bytes:,} bytes and one sample "
             f"{max_sample:,}: set it to {needed:,} or more, or lower control_plane.window_steps, "
             f"{_to_lower(config)}training.global_batch_size or data.max_length"
         )
     return capacity
+
+
+def transfer_bytes(config: RunConfig, max_sample: int, per_token: int) -> int:
+    """Bytes of a process's registered buffer: as configured, or room for two micro-batches and two samples.
+
+    Refuses one that does not hold a micro-batch.
+    """
+    micro_batch = max(max_sample, config.training.micro_batch_tokens * per_token)
+    given = config.data_plane.mooncake.buffer_bytes
+    if given is None:
+        return math.ceil((2 * micro_batch + 2 * max_sample) / 2**20 + 1) * 2**20
+    if given < micro_batch + max_sample:
+        raise ConfigError(
+            f"data_plane.mooncake.buffer_bytes is {given:,}, but a micro-batch and a sample take "
+            f"{micro_batch + max_sample:,}: raise it, or lower training.micro_batch_tokens or data.max_length"
+        )
+    return given
+
+
+def retained_bytes(config: RunConfig, total_bytes: int) -> tuple[int, int]:
+    """What may be kept for later epochs, in memory and in files, of the ``total_bytes`` of all samples."""
+    if config.training.num_epochs == 1:
+        return 0, 0
+    options = config.data_plane
+    kept = min(options.retain_bytes, total_bytes)
+    in_memory = min(kept, options.retain_memory_bytes)
+    return in_memory, kept - in_memory
 
 
 def default_capacity(resident_bytes: int, max_sample: int) -> int:
@@ -192,10 +249,13 @@ def default_capacity(resident_bytes: int, max_sample: int) -> int:
 
 
 def store_kind(config: RunConfig) -> str:
-    """``local`` or ``shared_memory``."""
+    """``local``, ``shared_memory``, ``shared_dir`` or ``mooncake``."""
     kind, disaggregated = config.data_plane.store.kind, config.topology == "disaggregated"
     if kind == "local" and disaggregated:
-        raise ConfigError("data_plane.store.kind is local, which one process only can read: use shared_memory")
+        raise ConfigError(
+            "data_plane.store.kind is local, which one process only can read: "
+            "use auto, shared_memory, shared_dir or mooncake"
+        )
     if kind == "auto":
         return "shared_memory" if disaggregated else "local"
     return kind
@@ -219,18 +279,33 @@ def run_id(config: RunConfig) -> str:
     return hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:12]
 
 
+def shared_dir(config: RunConfig) -> Path:
+    """The directory of a shared_dir store; the run has one of its own in it."""
+    store = config.data_plane.store
+    return (store.path if store.kind == "shared_dir" else None) or config.run_dir / "features"
+
+
+def retain_dir(config: RunConfig) -> Path:
+    """The directory of features that wait for a later epoch in files."""
+    return config.data_plane.retain_dir or config.run_dir / "retained"
+
+
 def ledger_path(config: RunConfig) -> Path:
     """The database file of a run with a SQLite ledger."""
     ledger = config.control_plane.ledger
     return (ledger.path if ledger.kind == "sqlite" else None) or config.run_dir / "ledger.sqlite"
 
 
-def train_bytes(config: RunConfig, target: TargetInfo, per_token: int, models: ModelFacts) -> int:
-    """Draft weights, gradients and both moments in fp32, the target's two tables, and the batches in hand and ahead."""
+def train_bytes(config: RunConfig, target: TargetInfo, spec: CaptureSpec, models: ModelFacts) -> int:
+    """Draft weights, gradients and both moments in fp32, the target's two tables, and the batches in hand and ahead.
+
+    The step in hand is whole. Prefetching starts another one only while what is ahead is below its bound in bytes.
+    """
     tables = 2 * target.vocab_size * target.hidden_size * ITEM_BYTES["float32"]
-    batch = config.training.global_batch_size * config.data.max_length
-    tokens = min(batch, config.training.micro_batch_tokens) + config.data_plane.prefetch_steps * batch
-    return 4 * ITEM_BYTES["float32"] * models.draft_parameters + tables + tokens * per_token
+    step = config.training.global_batch_size * config.data.max_length * batch_bytes(target, spec)
+    options = config.data_plane
+    ahead = min(options.prefetch_steps * step, options.prefetch_bytes + step)
+    return 4 * ITEM_BYTES["float32"] * models.draft_parameters + tables + step + ahead
 
 
 def _check_window(config: RunConfig) -> None:
@@ -240,6 +315,16 @@ def _check_window(config: RunConfig) -> None:
             f"control_plane.window_steps is {config.control_plane.window_steps}, but with data_plane.prefetch_steps = "
             f"{config.data_plane.prefetch_steps} the trainer waits for itself: set it to {needed_steps} or more"
         )
+
+
+def _warnings(config: RunConfig) -> tuple[str, ...]:
+    if store_kind(config) != "mooncake":
+        return ()
+    ports = (
+        "Mooncake's transfer ports listen on every interface of each host that takes part, without authentication: "
+        "keep them behind a firewall or in a network of their own"
+    )
+    return (ports,)
 
 
 def _to_lower(config: RunConfig) -> str:
@@ -252,6 +337,16 @@ def ledger_place(config: RunConfig) -> dict[str, str | None]:
     if ledger.kind != "postgres":
         return {"ledger_url": None, "ledger_name": None}
     return {"ledger_url": ledger.url, "ledger_name": ledger.name or f"specforge_{run_id(config)}"}
+
+
+def _services(kind: str, capacity: int | None) -> tuple[ProcessPlan, ...]:
+    """Processes of a managed Mooncake Store; ``capacity`` None: it is not managed."""
+    if kind != "mooncake" or capacity is None:
+        return ()
+    return (
+        ProcessPlan("mooncake-master", ("metadata of the store",), "cpu", 1, 0),
+        ProcessPlan("mooncake-client", ("features",), "cpu", 1, capacity),
+    )
 
 
 def _processes(

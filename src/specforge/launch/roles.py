@@ -20,7 +20,7 @@ from pathlib import Path
 
 from specforge.config.load import load_run_config
 from specforge.config.run import RunConfig
-from specforge.errors import UserError
+from specforge.errors import FeatureNotFound, UserError
 from specforge.launch.compose import Served, build_disagg_online_consumer, build_disagg_online_producer
 from specforge.launch.parent import ParentLink
 from specforge.launch.runtime import StopCapture, StopOnce
@@ -76,6 +76,10 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         link.report("failed", message=str(error), user_error=True)
         return 2
+    except FeatureNotFound as error:
+        # Ordinary where a store can lose features: the parent says it in one line, and starts this process again.
+        link.report("failed", message=f"{type(error).__name__}: {error}", error=type(error).__name__)
+        return 1
     except Exception as error:  # noqa: BLE001 - the process boundary: the parent gets the original traceback
         trace = traceback.format_exc()
         print(trace, file=sys.stderr, flush=True)

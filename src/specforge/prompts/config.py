@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+from specforge.errors import ConfigError
+
+PATH_ONLY = ("format", "chat_template", "last_turn_only", "max_invalid")
+"""Options of reading ``data.path``. Features were captured from tokens: these have done their work by then."""
 
 
 class DataConfig(BaseModel):
@@ -13,7 +18,19 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Path = Field(description="JSONL file with one sample a line.")
+    path: Path | None = Field(
+        None, description="JSONL file with one sample a line; null: the samples come from data.features."
+    )
+    features: Path | None = Field(
+        None,
+        description="Feature set that specforge capture wrote: its samples are trained from their features, and the "
+        "target is not run; null: the samples come from data.path.",
+    )
+    verify: Literal["full", "sizes"] = Field(
+        "full",
+        description="What is checked of every file of data.features before training starts: full: its size and its "
+        "checksum, which reads all of it; sizes: its size and its header.",
+    )
     format: Literal["auto", "messages", "sharegpt", "text", "tokens"] = Field(
         "auto",
         description='What a line holds: messages ({"messages": [{"role", "content"}, ...]}), sharegpt '
@@ -34,3 +51,20 @@ class DataConfig(BaseModel):
     max_invalid: NonNegativeInt = Field(
         0, description="Bad lines that are tolerated and skipped; with 0 the first one ends the run."
     )
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        # A ConfigError, not a ValueError: this is a whole sentence, which pydantic's wording would spoil.
+        if (self.path is None) == (self.features is None):
+            got = "neither" if self.path is None else f"both, {self.path} and {self.features}"
+            raise ConfigError(
+                "a run needs exactly one of data.path (a JSONL file with prompts) and data.features (a directory that "
+                f"specforge capture wrote), got {got}; set one of them and leave the other out, or null"
+            )
+        for name in PATH_ONLY if self.path is None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError(
+                    f"data.{name} says how data.path is read, but this run reads data.features, whose tokens were "
+                    f"fixed when it was captured; remove data.{name}, or capture again with it"
+                )
+        return self

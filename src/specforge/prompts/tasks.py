@@ -56,6 +56,7 @@ def load_prompt_tasks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 def read_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """Read, render and tokenize ``config.path``. Raises :class:`DataError`, also where no sample is left."""
+    assert config.path is not None
     encoder = _Encoder(config, tokenizer)
     tasks: list[PromptTask] = []
     num_lines = num_invalid = num_without_loss = num_truncated = 0

@@ -9,11 +9,16 @@ from specforge.contracts.refs import SampleRef
 
 
 class NamedFeatures:
-    """``Features`` over a set of (sample_id, generation) pairs. ``freed`` lists what was really freed, in order."""
+    """``Features`` and ``Retention`` over a set of (sample_id, generation) pairs; ``room`` of them can be put aside.
 
-    def __init__(self) -> None:
+    ``freed`` lists what was really freed, in order.
+    """
+
+    def __init__(self, room: int = 0) -> None:
         self._lock = threading.Lock()
         self._pairs: dict[tuple[str, int], None] = {}
+        self._room = room
+        self._put_aside: set[tuple[str, int]] = set()
         self.freed: list[tuple[str, int]] = []
 
     def put(self, pairs: Iterable[tuple[str, int]]) -> None:
@@ -25,6 +30,7 @@ class NamedFeatures:
             for pair in samples:
                 if pair in self._pairs:
                     del self._pairs[pair]
+                    self._put_aside.discard(pair)
                     self.freed.append(pair)
 
     def live(self, refs: Sequence[SampleRef]) -> list[bool]:
@@ -37,3 +43,16 @@ class NamedFeatures:
 
     def gc(self) -> int:
         return 0
+
+    def retain(self, refs: Sequence[SampleRef]) -> list[bool]:
+        with self._lock:
+            return [self._retain((ref.sample_id, ref.generation)) for ref in refs]
+
+    def retained(self, refs: Sequence[SampleRef]) -> list[bool]:
+        with self._lock:
+            return [(ref.sample_id, ref.generation) in self._put_aside for ref in refs]
+
+    def _retain(self, pair: tuple[str, int]) -> bool:
+        if pair in self._pairs and len(self._put_aside) < self._room:
+            self._put_aside.add(pair)
+        return pair in self._put_aside

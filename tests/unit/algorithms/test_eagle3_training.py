@@ -1,5 +1,7 @@
 """Learning, initialisation and the edges of a training step."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -52,6 +54,26 @@ def test_an_empty_micro_batch_gives_zeros_that_reach_every_parameter(lab, pack, 
         assert all(bool((p.grad == 0).all()) for p in draft.parameters())
         assert output.metrics.keys() == full.metrics.keys()
         assert output.correct.tolist() == output.count.tolist() == [0, 0, 0]
+
+
+def test_features_in_bfloat16_are_computed_with_in_the_dtype_of_the_draft(lab, pack, eagle3, run_loss, gradients):
+    """The stored format rounds once; nothing after it does, and nothing is cast twice."""
+    algorithm, tables = eagle3(ttt_steps=3), lab.tables()
+    draft = lab.draft(algorithm, tables, fc_norm=True)
+    batch = pack([lab.document(12), lab.document(7)])
+    found = []
+    for dtypes in ([torch.bfloat16], [torch.bfloat16, torch.float32]):
+        features = dict(batch.features)
+        for dtype in dtypes:
+            features = {name: tensor.to(dtype) for name, tensor in features.items()}
+        draft.zero_grad()
+        output = run_loss(algorithm, draft, tables, dataclasses.replace(batch, features=features))
+        output.loss_sum.backward()
+        found.append((output.loss_sum.detach(), gradients(draft)))
+    (stored, stored_gradients), (widened, widened_gradients) = found
+    assert stored.dtype == torch.float32
+    assert torch.equal(stored, widened)
+    assert all(torch.equal(stored_gradients[name], widened_gradients[name]) for name in widened_gradients)
 
 
 def test_a_full_micro_batch_reaches_every_parameter(lab, pack, eagle3, run_loss):

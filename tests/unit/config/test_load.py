@@ -163,7 +163,7 @@ def test_part_that_cannot_serve_two_processes_is_refused(problem, load, override
         (b"seed: \xff\n", "byte 6 is not"),
         (b"seed: \x00\n", "cannot be read as YAML"),
         ("#" * (1 << 21), "at most"),
-        ("run_dir: x\n", "target.path is missing; a run needs run_dir, target.path, data.path"),
+        ("run_dir: x\n", "target.path is missing; a run needs run_dir, target.path, data.path (or data.features)"),
         ("run_dir: x\ntarget:\ndata: {path: d}\n", "target.path is missing"),
         ("run_dir: x\ntarget: {}\ndata: {path: d}\n", "target.path is missing"),
     ],

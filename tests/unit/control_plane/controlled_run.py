@@ -12,7 +12,9 @@ NUM_SAMPLES = 6
 class Run:
     """``features`` outlive the run where a test passes those of an earlier one."""
 
-    def __init__(self, store, *, epochs=1, num_samples=NUM_SAMPLES, seed=1, clock=None, features=None, **settings):
+    def __init__(
+        self, store, *, epochs=1, num_samples=NUM_SAMPLES, seed=1, clock=None, features=None, retain=False, **settings
+    ):
         self.now = 0.0
         self.store = store
         self.order = SampleOrder(num_samples, epochs, seed=seed)
@@ -26,6 +28,7 @@ class Run:
             self.writer,
             ControllerSettings(**options),
             self.features,
+            self.features if retain else None,
             clock=clock or (lambda: self.now),
         )
 

@@ -12,7 +12,7 @@ from specforge.control_plane.metadata.base import Position
 from specforge.control_plane.metadata.memory import InMemoryMetadataStore
 from specforge.control_plane.metadata.noop import NoOpMetadataStore
 from specforge.control_plane.metadata.sql import SqlMetadataStore
-from specforge.control_plane.modes import DeploymentMode, resolve_control_plane
+from specforge.control_plane.modes import Deployment, DeploymentMode, resolve_control_plane
 from specforge.control_plane.prompts import ListedTasks, SampleOrder
 from specforge.errors import ConfigError, ContractError, ControlPlaneError, DataError, InvalidTransition, ProducerFailed
 from specforge.testing.features import NamedFeatures
@@ -358,7 +358,7 @@ def test_modes_decide_the_ledger_and_whether_acks_are_durable(mode, tmp_path):
     path = tmp_path / "ledger.sqlite"
     settings = ControllerSettings(window_slots=2)
     controller, durable_ack = resolve_control_plane(
-        mode, order, ListedTasks(tasks), writer, settings, NamedFeatures(), path
+        Deployment(mode, path), order, ListedTasks(tasks), writer, settings, NamedFeatures()
     )
     assert durable_ack == path.exists() == (mode is DeploymentMode.DISAGGREGATED)
     assert len(controller.lease("w0", 5, 0.0).leases) == 2
@@ -369,7 +369,7 @@ def test_a_disaggregated_run_without_a_ledger_path_is_refused():
     writer, _ = memory_channel()
     with pytest.raises(ConfigError, match="got none; give the path"):
         resolve_control_plane(
-            DeploymentMode.DISAGGREGATED,
+            Deployment(DeploymentMode.DISAGGREGATED),
             SampleOrder(1, 1, 0),
             ListedTasks([make_task(0)]),
             writer,

@@ -11,7 +11,7 @@ from specforge.control_plane.metadata.memory import InMemoryMetadataStore
 from specforge.errors import InvalidTransition
 from specforge.testing.features import NamedFeatures
 
-NUM_SAMPLES, EPOCHS, WINDOW, LEASE_S = 5, 2, 4, 10.0
+NUM_SAMPLES, EPOCHS, WINDOW, LEASE_S = 5, 3, 4, 10.0
 WORKERS = ("w0", "w1", "w2")
 
 
@@ -34,11 +34,16 @@ class Model:
 
 
 class ControllerMachine(RuleBasedStateMachine):
-    @initialize(in_order=st.booleans(), release=st.sampled_from(["at_step", "at_checkpoint"]))
-    def begin(self, in_order, release):
+    @initialize(
+        in_order=st.booleans(),
+        release=st.sampled_from(["at_step", "at_checkpoint"]),
+        room=st.sampled_from([None, 0, 2, NUM_SAMPLES]),
+    )
+    def begin(self, in_order, release, room):
         self.options = {"in_order": in_order, "release": release, "window_slots": WINDOW, "lease_s": LEASE_S}
         self.options |= {"max_attempts": 10**6, "max_crash_attempts": 10**6, "epochs": EPOCHS, "seed": 3}
-        self.store, self.features, self.model = InMemoryMetadataStore(), NamedFeatures(), Model()
+        self.options["retain"] = room is not None
+        self.store, self.features, self.model = InMemoryMetadataStore(), NamedFeatures(room or 0), Model()
         self.newest, self.held, self.late, self.adopted, self.num_calls = {}, [], [], [], 0
         self.all_leases, self.num_deaths = {}, dict.fromkeys(WORKERS, 0)
         self.start(live_workers=())
@@ -156,7 +161,7 @@ class ControllerMachine(RuleBasedStateMachine):
         summary = self.run.controller.summary()
         assert summary["num_slots_trained"] == len(model.trained)
         assert summary["num_leased"] == counts.num_leased
-        assert summary["num_resident"] == counts.num_committed
+        assert summary["num_resident"] + summary["num_retained"] == counts.num_committed
         in_flight = self.run.controller._window.in_flight.values()
         assert summary["resident_bytes"] == sum(sample.num_bytes for sample in in_flight)
 

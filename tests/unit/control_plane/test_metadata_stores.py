@@ -23,7 +23,7 @@ from specforge.control_plane.metadata.base import (
 from specforge.control_plane.metadata.memory import InMemoryMetadataStore
 from specforge.control_plane.metadata.noop import NoOpMetadataStore
 from specforge.control_plane.metadata.sql import SqlMetadataStore
-from specforge.control_plane.modes import DeploymentMode, open_metadata_store
+from specforge.control_plane.modes import Deployment, DeploymentMode, open_metadata_store
 from specforge.errors import ConfigError, ControlPlaneError, InvalidTransition
 from specforge.testing.metadata_store import MetadataStoreSuite, make_ref, make_task, read_counts
 
@@ -205,11 +205,11 @@ def test_a_closed_ledger_opens_again_only_by_opening_it(store, path):
 
 
 def test_the_mode_decides_the_ledger(path):
-    assert isinstance(open_metadata_store(DeploymentMode.LOCAL_COLOCATED), NoOpMetadataStore)
-    assert not isinstance(open_metadata_store(DeploymentMode.DATAFLOW_COLOCATED), NoOpMetadataStore)
+    assert isinstance(open_metadata_store(Deployment(DeploymentMode.LOCAL_COLOCATED)), NoOpMetadataStore)
+    assert not isinstance(open_metadata_store(Deployment(DeploymentMode.DATAFLOW_COLOCATED)), NoOpMetadataStore)
     with pytest.raises(ConfigError, match="give the path of a file or the URL"):
-        open_metadata_store(DeploymentMode.DISAGGREGATED)
-    with contextlib.closing(open_metadata_store(DeploymentMode.DISAGGREGATED, path)) as store:
+        open_metadata_store(Deployment(DeploymentMode.DISAGGREGATED))
+    with contextlib.closing(open_metadata_store(Deployment(DeploymentMode.DISAGGREGATED, path))) as store:
         assert store.durable
 
 

@@ -13,7 +13,7 @@ from illegal_statements import ILLEGAL, execute, fill
 
 from specforge.control_plane.metadata.base import Attempt, MetadataStore, SampleState
 from specforge.control_plane.metadata.sql import SqlMetadataStore
-from specforge.control_plane.modes import DeploymentMode, open_metadata_store
+from specforge.control_plane.modes import Deployment, DeploymentMode, open_metadata_store
 from specforge.errors import ConfigError, ControlPlaneError, InvalidTransition
 from specforge.testing.metadata_store import MetadataStoreSuite, make_task, read_counts
 from specforge.testing.postgres import temporary_server
@@ -333,7 +333,7 @@ def test_commits_are_flushed_to_the_disk(server, store):
 
 
 def test_the_mode_takes_a_url(server, name):
-    opened = open_metadata_store(DeploymentMode.DISAGGREGATED, server.url, name)
+    opened = open_metadata_store(Deployment(DeploymentMode.DISAGGREGATED, server.url, name))
     with contextlib.closing(opened) as store:
         assert store.durable
         assert read_counts(server.url, name=name)["num_samples"] == 0

@@ -5,13 +5,15 @@ import torch
 
 from specforge.contracts.refs import SampleRef, Slot, SlotRef
 from specforge.data_plane.base import PutRequest
-from specforge.data_plane.loader import FeatureDataLoader, LoaderSettings
+from specforge.data_plane.encoding import decode, encoded
+from specforge.data_plane.loader import FeatureDataLoader, LoaderSettings, step_bytes
 from specforge.data_plane.local import LocalFeatureStore
 from specforge.errors import ContractError, FeatureNotFound
 
 SETTINGS = LoaderSettings(
     global_batch_size=4, max_tokens=8, num_samples=100, capture_fingerprint="capture", target_revision="target"
 )
+ONES = torch.ones(3, 2)
 LENGTHS = [3, 5, 4, 2, 6, 1, 8, 7, 2, 3, 3, 1, 8, 4, 5, 2, 2, 6, 1, 7, 3]
 
 
@@ -33,10 +35,27 @@ def tensors_of(index, num_tokens):
     }
 
 
-def put_samples(store, lengths):
+def layers_of(index, num_tokens):
+    """Two captured layers [S, 6] in fp32."""
+    generator = torch.Generator().manual_seed(index)
+    return [100**layer * torch.randn(num_tokens, 6, generator=generator) for layer in range(2)]
+
+
+def stored_as(dtype):
+    """What an engine gives for a capture in ``dtype``."""
+
+    def sources_of(index, num_tokens):
+        layers = layers_of(index, num_tokens)
+        ids = {"input_ids": torch.arange(num_tokens, dtype=torch.int32)}
+        return ids | encoded("aux", layers, dtype) | encoded("last", layers[:1], dtype)
+
+    return sources_of
+
+
+def put_samples(store, lengths, sources_of=tensors_of):
     items = []
     for index, length in enumerate(lengths):
-        [stored] = store.put([PutRequest(f"s{index}", 1, tensors_of(index, length))])
+        [stored] = store.put([PutRequest(f"s{index}", 1, sources_of(index, length))])
         ref = SampleRef(
             f"s{index}",
             1,
@@ -155,6 +174,69 @@ def test_empty_micro_batch_has_the_widths_of_the_window():
     for name in ("input_ids", "loss_mask", "position_ids", "document_ids"):
         assert getattr(empty, name).shape == (0,)
         assert getattr(empty, name).dtype == getattr(full, name).dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_batches_hold_the_captured_layers_joined_and_cast_to_the_stored_dtype(dtype):
+    store = LocalFeatureStore()
+    [step] = list(load(put_samples(store, [3, 5], stored_as(dtype)), store))
+    [batch] = step.micro_batches
+    joined = [torch.cat(layers_of(index, length), dim=1) for index, length in enumerate([3, 5])]
+    assert torch.equal(batch.features["aux"], torch.cat(joined).to(getattr(torch, dtype)))
+    assert torch.equal(batch.features["last"], batch.features["aux"][:, :6])
+
+
+def test_float8_features_are_decoded_while_they_are_packed():
+    store = LocalFeatureStore()
+    items = put_samples(store, [3, 5, 4, 2], stored_as("float8_e4m3fn"))
+    [step] = list(load(items, store))
+    assert [batch.sample_ids for batch in step.micro_batches] == [("s0", "s1"), ("s2", "s3")]
+    for batch in step.micro_batches:
+        assert set(batch.features) == {"aux", "last"}
+        start = 0
+        for name, length in zip(batch.sample_ids, batch.lengths, strict=True):
+            sources = stored_as("float8_e4m3fn")(int(name[1:]), length)
+            for feature in ("aux", "last"):
+                expected = torch.empty(length, 12 if feature == "aux" else 6, dtype=torch.bfloat16)
+                decode(sources[feature], sources[f"{feature}_scale"], expected)
+                assert torch.equal(batch.features[feature][start : start + length], expected)
+            start += length
+
+
+def test_float8_features_of_an_empty_micro_batch_are_bfloat16():
+    store = LocalFeatureStore()
+    items = put_samples(store, [8, 1, 8, 1], stored_as("float8_e4m3fn"))
+    [step] = list(load(items, store, rank=1, world_size=2))
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in step.micro_batches[1].features.items()} == {
+        "aux": ((0, 12), torch.bfloat16),
+        "last": ((0, 6), torch.bfloat16),
+    }
+
+
+@pytest.mark.parametrize("scales", [None, torch.ones(3, 5), torch.ones(3, 0), torch.ones(3, 2).bfloat16()])
+def test_float8_features_without_their_scales_are_refused(scales):
+    store = LocalFeatureStore()
+
+    def sources_of(index, num_tokens):
+        sources = stored_as("float8_e4m3fn")(index, num_tokens)
+        del sources["aux_scale"]
+        return sources if scales is None else sources | {"aux_scale": scales}
+
+    with pytest.raises(ContractError, match=r"'s0'.*'aux' is float8_e4m3fn \[tokens, 12\] and needs .*'aux_scale'"):
+        next(load(put_samples(store, [3], sources_of), store))
+
+
+def test_a_feature_that_is_only_named_like_scales_is_an_ordinary_one():
+    store = LocalFeatureStore()
+    items = put_samples(store, [3], lambda *_: {"input_ids": torch.ones(3, dtype=torch.int32), "aux_scale": ONES})
+    [step] = list(load(items, store))
+    assert torch.equal(step.micro_batches[0].features["aux_scale"], ONES)
+
+
+def test_bytes_of_a_step_are_those_of_its_tensors():
+    store = LocalFeatureStore()
+    [step] = list(load(put_samples(store, [3, 5, 4, 2]), store))
+    assert step_bytes(step) == 14 * (3 * 8 + 1 + 6 * 2 + 2 * 4)
 
 
 def test_seek_equals_reading_on_and_fetches_nothing():

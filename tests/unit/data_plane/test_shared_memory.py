@@ -1,5 +1,7 @@
 import contextlib
 import dataclasses
+import os
+import shutil
 import stat
 import tempfile
 import uuid
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specforge.data_plane import arena_writer
+from specforge.data_plane import arena, arena_writer
 from specforge.data_plane.arena import MAX_ID_BYTES, NUM_LANES, Arena, ArenaName
 from specforge.data_plane.arena_reader import digest
 from specforge.data_plane.base import FeatureStore, PutRequest
@@ -47,14 +49,30 @@ def store(create):
 
 class TestSharedMemoryFeatureStore(FeatureStoreSuite):
     @pytest.fixture(autouse=True)
-    def _run(self, directory):
-        self.directory = directory
+    def _run(self, directory, monkeypatch):
+        self.directory, self.monkeypatch = directory, monkeypatch
 
     def make_store(self, capacity_bytes: int) -> FeatureStore:
         return SharedMemoryFeatureStore.create(RUN, capacity_bytes, 2048, self.directory)
 
+    def make_large_store(self, num_bytes: int) -> FeatureStore:
+        # Its pages are not reserved: a sample takes 1/64 of an arena at most, and this one needs no more of it.
+        self.monkeypatch.setattr(arena, "_reserve", lambda file, _, shape: os.truncate(file, shape.file_bytes))
+        return self.make_store(65 * num_bytes)
+
     def make_reader(self, store: FeatureStore) -> FeatureStore:
         return SharedMemoryFeatureStore.attach(RUN, self.directory)
+
+    def make_writer(self, store: FeatureStore) -> FeatureStore:
+        return SharedMemoryFeatureStore.create(RUN, CAPACITY, 2048, self.directory)
+
+    def leftovers(self, store: FeatureStore) -> list[str]:
+        """Files that belong to no arena of a live writer."""
+        arenas = {path.name for path in self.directory.iterdir() if ".lane-" not in path.name}
+        return [path.name for path in self.directory.iterdir() if path.name.partition(".lane-")[0] not in arenas]
+
+    def room(self, num_bytes: int) -> int:
+        return min(num_bytes, shutil.disk_usage(SHARED_MEMORY).free)
 
 
 def test_arenas_lie_in_posix_shared_memory():

@@ -10,10 +10,13 @@ from specforge.algorithms.base import target_logits
 from specforge.algorithms.parts.tables import load_target_tables
 from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.tasks import PromptTask
+from specforge.data_plane.encoding import decode
+from specforge.data_plane.tensors import Columns, materialised
 from specforge.errors import DataError, TargetError
 from specforge.inference.huggingface import HFTargetEngine
 
 TargetDir = Callable[[str], Path]
+CAPTURE_DTYPES = ("bfloat16", "float32", "float8_e4m3fn")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3", "mistral", "gpt2")
 ALL_LAYERS = CaptureSpec((0, 1, 2, 3), True)
 
@@ -26,26 +29,32 @@ def task(ids: tuple[int, ...], name: str = "a") -> PromptTask:
     return PromptTask(name, 0, ids, ())
 
 
+def captured(engine: HFTargetEngine, ids: tuple[int, ...], spec: CaptureSpec = ALL_LAYERS) -> dict[str, torch.Tensor]:
+    """The features of ``ids`` as a store would hold them."""
+    (sample,) = engine.capture([task(ids)], spec)
+    return {name: materialised(source) for name, source in sample.tensors.items()}
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_captured_layers_are_the_hidden_states_of_transformers(target_dir: TargetDir, architecture: str):
     """Oracle test 1: aux equals hidden_states[id + 1], not [id]; the head over ``last`` gives the model's logits."""
     engine = HFTargetEngine(target_dir(architecture))
     ids = prompt(20)
-    (sample,) = engine.capture([task(ids)], ALL_LAYERS)
+    features = captured(engine, ids)
     model = AutoModelForCausalLM.from_pretrained(target_dir(architecture), dtype=torch.float32)
     with torch.no_grad():
         oracle = model(torch.tensor([ids]), output_hidden_states=True)
-    blocks = sample.tensors["aux"].split(32, dim=-1)
+    blocks = features["aux"].split(32, dim=-1)
     for layer in range(3):
         torch.testing.assert_close(blocks[layer], oracle.hidden_states[layer + 1][0], rtol=0, atol=1e-5)
         assert not torch.allclose(blocks[layer], oracle.hidden_states[layer][0], atol=1e-3)
     # the last entry of transformers is after the norm: the true residual is another tensor
-    torch.testing.assert_close(sample.tensors["last"], oracle.hidden_states[-1][0], rtol=0, atol=1e-5)
-    assert not torch.allclose(blocks[3], sample.tensors["last"], atol=1e-3)
-    logits = target_logits(load_target_tables(target_dir(architecture)), sample.tensors["last"])
+    torch.testing.assert_close(features["last"], oracle.hidden_states[-1][0], rtol=0, atol=1e-5)
+    assert not torch.allclose(blocks[3], features["last"], atol=1e-3)
+    logits = target_logits(load_target_tables(target_dir(architecture)), features["last"])
     torch.testing.assert_close(logits, oracle.logits[0], rtol=0, atol=1e-4)
-    assert sample.tensors["input_ids"].dtype == torch.int32
-    assert tuple(sample.tensors["input_ids"].tolist()) == ids
+    assert features["input_ids"].dtype == torch.int32
+    assert tuple(features["input_ids"].tolist()) == ids
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -53,8 +62,8 @@ def test_sessions_with_crops_agree_with_one_forward(target_dir: TargetDir, archi
     """Also past the sliding window of those that have one (8 tokens)."""
     engine = HFTargetEngine(target_dir(architecture))
     ids = prompt(24)
-    (sample,) = engine.capture([task(ids)], ALL_LAYERS)
-    expected = target_logits(engine.tables, sample.tensors["last"])
+    whole = captured(engine, ids)
+    expected = target_logits(engine.tables, whole["last"])
     session = engine.session(ALL_LAYERS)
     first, _ = session.forward(ids[:13])
     session.forward([5, 6, 7])
@@ -62,8 +71,8 @@ def test_sessions_with_crops_agree_with_one_forward(target_dir: TargetDir, archi
     session.crop(13)
     second, features = session.forward(ids[13:])
     torch.testing.assert_close(torch.cat([first, second]), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(features["aux"], sample.tensors["aux"][13:], rtol=0, atol=1e-5)
-    torch.testing.assert_close(features["last"], sample.tensors["last"][13:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(features["aux"], whole["aux"][13:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(features["last"], whole["last"][13:], rtol=0, atol=1e-5)
     session.crop(0)
     again, _ = session.forward(ids[:1])
     torch.testing.assert_close(again, expected[:1], rtol=0, atol=1e-5)
@@ -83,8 +92,8 @@ def test_last_hidden_state_predicts_the_greedy_continuation(engine: HFTargetEngi
     start = prompt(6)
     (generation,) = engine.generate([start], 20)
     ids = (*start, *generation.token_ids)
-    (sample,) = engine.capture([task(ids)], ALL_LAYERS)
-    predicted = target_logits(engine.tables, sample.tensors["last"]).argmax(-1).tolist()
+    features = captured(engine, ids)
+    predicted = target_logits(engine.tables, features["last"]).argmax(-1).tolist()
     assert predicted[len(start) - 1 : -1] == list(generation.token_ids)
 
 
@@ -92,25 +101,67 @@ def test_capture_depends_on_its_own_task_alone(engine: HFTargetEngine):
     tasks = [task(prompt(length, length), str(length)) for length in (7, 3, 12)]
     together = {sample.sample_id: sample for sample in engine.capture(tasks, ALL_LAYERS)}
     assert list(together) == ["7", "3", "12"]
-    for alone in (next(iter(engine.capture([one], ALL_LAYERS))) for one in tasks):
-        for name, tensor in alone.tensors.items():
-            assert torch.equal(tensor, together[alone.sample_id].tensors[name])
+    for one in tasks:
+        for name, tensor in captured(engine, one.input_ids).items():
+            assert torch.equal(tensor, materialised(together[one.sample_id].tensors[name]))
 
 
 def test_features_have_the_dtype_and_parts_of_the_spec(engine: HFTargetEngine):
-    (sample,) = engine.capture([task(prompt(5))], CaptureSpec((2, 0), False, "bfloat16"))
-    assert set(sample.tensors) == {"input_ids", "aux"}
-    assert sample.tensors["aux"].dtype == torch.bfloat16
-    assert sample.tensors["aux"].shape == (5, 64)
-    (forward,) = engine.capture([task(prompt(5))], CaptureSpec((0, 2), False, "bfloat16"))
-    assert torch.equal(sample.tensors["aux"][:, :32], forward.tensors["aux"][:, 32:])
+    features = captured(engine, prompt(5), CaptureSpec((2, 0), False, "bfloat16"))
+    assert set(features) == {"input_ids", "aux"}
+    assert features["aux"].dtype == torch.bfloat16
+    assert features["aux"].shape == (5, 64)
+    forward = captured(engine, prompt(5), CaptureSpec((0, 2), False, "bfloat16"))
+    assert torch.equal(features["aux"][:, :32], forward["aux"][:, 32:])
+
+
+@pytest.mark.parametrize("dtype", CAPTURE_DTYPES)
+def test_features_have_the_names_dtypes_and_widths_that_the_spec_tells(engine: HFTargetEngine, dtype: str):
+    spec = CaptureSpec((0, 1, 3), True, dtype)
+    features = captured(engine, prompt(5), spec)
+    found = tuple((name, str(value.dtype).removeprefix("torch."), *value.shape) for name, value in features.items())
+    assert found == (("input_ids", "int32", 5), *((name, kind, 5, width) for name, kind, width in spec.widths(32)))
+
+
+def test_the_layers_are_given_as_the_target_computed_them(engine: HFTargetEngine):
+    """The put joins and casts; a copy before it would be one too many."""
+    (sample,) = engine.capture([task(prompt(5))], CaptureSpec((0, 2), True, "bfloat16"))
+    for name, num_layers in (("aux", 2), ("last", 1)):
+        source = sample.tensors[name]
+        assert isinstance(source, Columns)
+        assert [(part.dtype, part.shape) for part in source.parts] == [(torch.float32, (5, 32))] * num_layers
+    exact = captured(engine, prompt(5), CaptureSpec((0, 2), True, "float32"))
+    assert torch.equal(materialised(sample.tensors["aux"]), exact["aux"].bfloat16())
+
+
+def test_float8_features_are_the_encoded_states(engine: HFTargetEngine):
+    features = captured(engine, prompt(9), CaptureSpec((0, 2), True, "float8_e4m3fn"))
+    exact = captured(engine, prompt(9), CaptureSpec((0, 2), True, "float32"))
+    for name in ("aux", "last"):
+        decoded = torch.empty(exact[name].shape)
+        decode(features[name], features[f"{name}_scale"], decoded)
+        scales = features[f"{name}_scale"].repeat_interleave(32, dim=1)
+        bound = torch.maximum(exact[name].abs() / 16, scales / 1024)
+        assert ((decoded - exact[name]).abs() <= bound * 1.00001).all()
+
+
+@pytest.mark.parametrize("dtype", CAPTURE_DTYPES)
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_sessions_give_the_states_as_computed_whatever_is_stored(target_dir: TargetDir, dtype: str, compute: str):
+    engine = HFTargetEngine(target_dir("qwen3"), compute)
+    _, features = engine.session(CaptureSpec((0, 2), True, dtype)).forward(prompt(7))
+    _, exact = engine.session(CaptureSpec((0, 2), True, "float32")).forward(prompt(7))
+    assert set(features) == {"aux", "last"}
+    for name, tensor in features.items():
+        assert tensor.dtype == getattr(torch, compute)
+        assert torch.equal(tensor, exact[name])
 
 
 def test_captured_tensors_can_be_trained_on(engine: HFTargetEngine):
-    (sample,) = engine.capture([task(prompt(5))], ALL_LAYERS)
+    last = captured(engine, prompt(5))["last"]
     weight = torch.ones(32, requires_grad=True)
-    (sample.tensors["last"] @ weight).sum().backward()
-    assert not sample.tensors["last"].requires_grad
+    (last @ weight).sum().backward()
+    assert not last.requires_grad
 
 
 @pytest.mark.parametrize("layer", [-1, 4])

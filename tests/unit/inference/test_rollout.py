@@ -10,6 +10,7 @@ from specforge.contracts.tasks import PromptTask
 from specforge.control_plane.base import CommitReply, Lease, LeaseReply
 from specforge.data_plane.base import PutRequest, StoredFeatures
 from specforge.data_plane.local import LocalFeatureStore
+from specforge.data_plane.tensors import Columns, materialised
 from specforge.errors import ControlPlaneError, EngineError, FeatureStoreError, FeatureStoreFull
 from specforge.faults import FAULT_POINTS, arm, disarm
 from specforge.inference.engine import CapturedSample
@@ -61,7 +62,9 @@ class FailingEngine:
             if sample.sample_id == self._sample_id:
                 if self._error is not None:
                     raise self._error
-                sample.tensors["last"][1, 3] = torch.nan
+                last = sample.tensors["last"]
+                layer = last.parts[0] if isinstance(last, Columns) else last
+                layer[1, 3] = torch.nan
             yield sample
 
 
@@ -88,7 +91,7 @@ def test_every_task_is_captured_put_and_committed(engine: HFTargetEngine):
         assert (ref.worker_id, ref.target_revision, ref.capture_fingerprint) == ("w0", "rev", SPEC.fingerprint)
         ((stored, handle),) = store.get([ref])
         (expected,) = engine.capture([task], SPEC)
-        assert all(torch.equal(stored[name], tensor) for name, tensor in expected.tensors.items())
+        assert all(torch.equal(stored[name], materialised(source)) for name, source in expected.tensors.items())
         store.release([handle])
     assert not control.failed
     assert not control.left
@@ -125,9 +128,11 @@ def test_prompt_outside_the_vocabulary_fails_alone(engine: HFTargetEngine):
     assert "token id 1000" in control.failed["bad"]
 
 
-def test_damaged_features_are_never_stored(engine: HFTargetEngine):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_damaged_features_are_never_stored(engine: HFTargetEngine, dtype: str):
     control, store = RecordingControl(tasks(2)), LocalFeatureStore()
-    RolloutWorker(control, FailingEngine(engine, "s0", None), store, settings()).run()
+    spec = CaptureSpec((0, 2), True, dtype)
+    RolloutWorker(control, FailingEngine(engine, "s0", None), store, settings(spec=spec)).run()
     assert list(control.failed) == ["s0"]
     assert "'last'" in control.failed["s0"]
     assert store.health().num_samples == 1

@@ -47,6 +47,38 @@ def test_eagle3_features_of_an_8b_target_cost_32_kb_a_token():
     assert bytes_per_token(TARGET, SPEC) == 4 * 4096 * 2 + 4
 
 
+def test_float8_features_cost_half_of_that_and_a_scale_a_layer():
+    assert bytes_per_token(TARGET, dataclasses.replace(SPEC, dtype="float8_e4m3fn")) == 4 * 4096 + 4 * 4 + 4
+
+
+def test_the_planned_size_of_a_float8_sample_is_the_size_of_its_buffer():
+    spec = dataclasses.replace(SPEC, dtype="float8_e4m3fn")
+    for tokens in (1, 17, 1024):
+        shapes = [
+            ("input_ids", "int32", (tokens,)),
+            ("aux", "float8_e4m3fn", (tokens, 3 * 4096)),
+            ("aux_scale", "float32", (tokens, 3)),
+            ("last", "float8_e4m3fn", (tokens, 4096)),
+            ("last_scale", "float32", (tokens, 1)),
+        ]
+        assert sample_bytes(TARGET, spec, tokens) == layout(shapes)[1]
+
+
+def test_batches_ahead_are_planned_for_by_the_smaller_of_both_bounds():
+    # 4 layers of 4096 in bfloat16, three int64 and the mask, 16 samples of at most 2048 tokens: 1 GiB and a bit.
+    step = (4 * 4096 * 2 + 25) * 16 * 2048
+    sections = {"control_plane": {"window_steps": 20}, "training": {"global_batch_size": 16}, "data": {"path": "d"}}
+
+    def planned(**bounds) -> int:
+        return plan(**sections, data_plane=bounds).processes[0].memory_bytes
+
+    none = planned(prefetch_steps=0)
+    assert planned(prefetch_steps=1, prefetch_bytes="1TB") - none == step
+    assert planned(prefetch_steps=9, prefetch_bytes="1TB") - none == 9 * step
+    assert planned(prefetch_steps=9, prefetch_bytes="3GB") - none == 3 * 10**9 + step
+    assert planned(prefetch_steps=9, prefetch_bytes=1) - none == step + 1
+
+
 def test_the_planned_size_of_a_sample_is_the_size_of_its_buffer():
     for tokens in (1, 17, 1024):
         shapes = [

@@ -1,0 +1,159 @@
+"""The feature stores of a run: with ``compose`` the only file that names them.
+
+local           LocalFeatureStore           one process
+shared_memory   SharedMemoryFeatureStore    processes on one host: an arena a writer
+shared_dir      SharedDirFeatureStore       processes that share a mount
+mooncake        MooncakeFeatureStore        many hosts; the service is started here where it is managed
+retained        RetainingFeatureStore       what waits for a later epoch, in memory and then in files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from specforge.config.run import RunConfig
+from specforge.data_plane.base import FeatureStore
+from specforge.data_plane.config import SharedDirStore, SharedMemoryStore
+from specforge.data_plane.local import LocalFeatureStore
+from specforge.data_plane.mooncake import MooncakeFeatureStore, MooncakeSettings
+from specforge.data_plane.retention import RetainingFeatureStore, Tier
+from specforge.data_plane.shared_dir import SharedDirFeatureStore
+from specforge.data_plane.shared_memory import SHARED_MEMORY, SharedMemoryFeatureStore, collect_orphans
+from specforge.errors import ConfigError
+from specforge.launch.mooncake import MooncakeService
+from specforge.launch.plan import Plan, capture_names, max_resident_samples, retain_dir, run_id, shared_dir
+
+_LOG = logging.getLogger(__name__)
+
+ARENA_OVERHEAD = 1.1
+"""The file of an arena is larger than its capacity, by less than this."""
+
+
+def open_writer(config: RunConfig) -> FeatureStore:
+    """The store of a process that captures. ``config`` is resolved: it names sizes and addresses."""
+    store = config.data_plane.store
+    if isinstance(store, SharedMemoryStore):
+        # What dead writers of the same run left stays: it may still be trained.
+        return SharedMemoryFeatureStore.create(
+            run_id(config), store.capacity_bytes, max_samples=2 * max_resident_samples(config) + 64
+        )
+    return open_reader(config)
+
+
+def open_reader(config: RunConfig) -> FeatureStore:
+    """The store of a process that trains beside others that capture."""
+    kind = config.data_plane.store.kind
+    openers: dict[str, Callable[[RunConfig], FeatureStore]] = {
+        "local": lambda _: LocalFeatureStore(),
+        "shared_memory": lambda config: SharedMemoryFeatureStore.attach(run_id(config)),
+        "shared_dir": _shared_dir,
+        "mooncake": _mooncake,
+    }
+    if kind not in openers:
+        raise ConfigError(f"data_plane.store.kind is {kind}, which is resolved before a store is opened")
+    return openers[kind](config)
+
+
+def with_retention(config: RunConfig, store: FeatureStore, resources: contextlib.ExitStack) -> RetainingFeatureStore:
+    """``store`` with the room for later epochs beside it. Closing it closes both."""
+    options = config.data_plane
+    in_memory = min(options.retain_bytes, options.retain_memory_bytes)
+    tiers: list[Tier] = [LocalFeatureStore(in_memory)] if in_memory else []
+    spilled = None
+    if options.retain_bytes > in_memory:
+        spilled = SharedDirFeatureStore(retain_dir(config), run_id(config), options.retain_bytes - in_memory)
+        spilled.adopt()
+        tiers.append(spilled)
+    retaining = RetainingFeatureStore(store, tiers, by_reference=isinstance(store, LocalFeatureStore))
+    resources.callback(retaining.close)
+    if spilled is not None:
+        resources.callback(_remove_if_empty, spilled, retain_dir(config), config)
+    return retaining
+
+
+def start_service(config: RunConfig, plan: Plan, resources: contextlib.ExitStack) -> RunConfig:
+    """``config`` with the addresses of the run's Mooncake Store, started until ``resources`` close if it is managed."""
+    options = config.data_plane.mooncake
+    if config.data_plane.store.kind != "mooncake" or not options.managed:
+        return config
+    service = MooncakeService(options, plan.store_capacity_bytes or 0, config.run_dir, _log_given_up)
+    resources.callback(service.stop)
+    addresses = service.start()
+    found = options.model_copy(update={"master": addresses.master, "admin": addresses.admin})
+    return config.model_copy(update={"data_plane": config.data_plane.model_copy(update={"mooncake": found})})
+
+
+def make_room(config: RunConfig, plan: Plan, resume: bool) -> None:
+    """Free what an earlier start of the run left, as far as it is not wanted any more.
+
+    A resumed run takes up features that can still be read, unless the new arenas would find no room beside them.
+    """
+    if not resume:
+        clear(config)
+        _remove(SharedDirFeatureStore(retain_dir(config), run_id(config)), retain_dir(config), config)
+    elif config.data_plane.store.kind == "shared_memory":
+        with contextlib.closing(SharedMemoryFeatureStore.attach(run_id(config))) as store:
+            store.gc()
+        num_arenas = len(capture_names(config))
+        needed = num_arenas * (plan.store_capacity_bytes or 0)
+        if shutil.disk_usage(SHARED_MEMORY).free <= needed * ARENA_OVERHEAD:
+            clear(config)
+
+
+def clear(config: RunConfig) -> None:
+    """Free every feature of the run in a store that outlives its processes. None of them may be at work."""
+    kind = config.data_plane.store.kind
+    if kind == "shared_memory":
+        collect_orphans(run_id(config))
+    elif kind == "shared_dir":
+        _remove(_shared_dir(config), shared_dir(config), config)
+    elif kind == "mooncake" and not config.data_plane.mooncake.managed:
+        with contextlib.closing(_mooncake(config)) as store:
+            store.remove_all()
+
+
+def _shared_dir(config: RunConfig) -> SharedDirFeatureStore:
+    store = config.data_plane.store
+    fsync = isinstance(store, SharedDirStore) and store.fsync
+    return SharedDirFeatureStore(shared_dir(config), run_id(config), fsync=fsync)
+
+
+def _log_given_up(reason: str) -> None:
+    # The stores of the run notice too, and say what they waited for.
+    _LOG.error("%s", reason)
+
+
+def _mooncake(config: RunConfig) -> MooncakeFeatureStore:
+    options = config.data_plane.mooncake
+    if options.master is None or options.admin is None or options.buffer_bytes is None:
+        raise ConfigError("data_plane.mooncake needs master, admin and buffer_bytes before a store is opened")
+    return MooncakeFeatureStore(
+        MooncakeSettings(
+            run_id=run_id(config),
+            master=options.master,
+            admin=options.admin,
+            host=options.host,
+            protocol=options.protocol,
+            device=options.device,
+            metadata_server=options.metadata_server,
+            buffer_bytes=options.buffer_bytes,
+            capacity_bytes=None,
+            reconnect_s=options.reconnect_s,
+        )
+    )
+
+
+def _remove_if_empty(store: SharedDirFeatureStore, directory: Path, config: RunConfig) -> None:
+    if not store.stored():
+        _remove(store, directory, config)
+
+
+def _remove(store: SharedDirFeatureStore, directory: Path, config: RunConfig) -> None:
+    """Everything of the run in ``store``; its ``directory`` too where the run made it."""
+    store.remove_all()
+    if directory.parent == config.run_dir and directory.is_dir():
+        directory.rmdir()

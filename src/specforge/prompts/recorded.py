@@ -1,0 +1,43 @@
+"""Prompts as recorded tokens, there and back: the same tasks with the same ids, without a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from specforge.contracts.tasks import PromptTask
+from specforge.errors import DataError
+from specforge.prompts.sources import numbered_lines, parse_line
+from specforge.prompts.tasks import make_task
+
+
+def recorded_lines(tasks: Iterable[PromptTask]) -> bytes:
+    """JSONL in the ``tokens`` format of ``data.format``, one line a task; equal tasks give equal bytes."""
+    lines = []
+    for task in tasks:
+        row: dict[str, object] = {"input_ids": task.input_ids, "loss_spans": task.loss_spans}
+        if task.attributes:
+            row["attributes"] = task.attributes
+        lines.append(json.dumps(row, separators=(",", ":"), sort_keys=True))
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def read_recorded(path: Path, limit: int | None = None) -> list[PromptTask]:
+    """The tasks in ``path``, the first ``limit`` of them; nothing is cut, skipped or rendered.
+
+    Raises :class:`DataError` that names file and line.
+    """
+    tasks: list[PromptTask] = []
+    for number, line in numbered_lines(path):
+        try:
+            tokens = parse_line(line, "tokens").tokens
+        except DataError as error:
+            raise DataError(f"{path} line {number}: {error}") from None
+        assert tokens is not None
+        tasks.append(make_task(len(tasks), tokens.input_ids, tokens.loss_spans, tokens.attributes))
+        if len(tasks) == limit:
+            break
+    if not tasks:
+        raise DataError(f"{path}: the file is empty; it should hold one JSON object a line")
+    return tasks
