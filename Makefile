@@ -1,6 +1,7 @@
 # One command each. Needs Python 3.11+ with venv and pip; everything else comes from the package index.
 PYTHON ?= python3
 VENV := .venv
+ARENA_MINUTES ?= 30
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One compute thread a process: with two, and the other core busy, training runs several times slower.
@@ -60,8 +61,9 @@ golden: $(VENV)/.core ## every reference vector below GOLDEN
 bench: $(VENV)/.core ## the benchmarks
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-chaos: $(VENV)/.dev ## fifty random kills of the processes of a run
+chaos: $(VENV)/.dev ## fifty random kills of the processes of a run, then half an hour of them around one arena
 	PYTHONPATH=tests/integration $(BIN)/python tests/chaos/fifty.py --json benchmarks/results/chaos.json $(ARGS)
+	$(BIN)/python tests/chaos/arena_chaos.py --minutes $(ARENA_MINUTES) --json benchmarks/results/arena_chaos.json
 
 docs: $(VENV)/.core ## regenerate the reference pages
 	$(BIN)/python -m specforge.config.reference docs/reference/run-config.md

@@ -275,7 +275,7 @@ def test_ports_of_another_service_are_refused(tmp_path, service):
 
 def test_service_that_does_not_come_up_says_why(tmp_path, monkeypatch):
     program = tmp_path / "mooncake_master"
-    program.write_text("#!/bin/sh\necho out of luck\nexit 3\n")
+    program.write_text("#!/bin/sh\necho E1231 out of luck\necho '@ a stack'\nexit 3\n")
     program.chmod(0o700)
     monkeypatch.setattr(mooncake, "_programs", lambda: tmp_path)
     service = MooncakeService(MooncakeConfig(), 2**24, tmp_path, print)

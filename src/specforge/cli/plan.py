@@ -20,6 +20,9 @@ NAMES = {
     "capture_dtype": "captured as",
     "store": "feature store",
     "store_capacity_bytes": "size of the store",
+    "transfer_bytes": "transfer buffer of a process",
+    "retain_memory_bytes": "kept for later epochs in memory",
+    "retain_file_bytes": "kept for later epochs in files",
     "order": "order",
     "window_slots": "samples captured ahead",
     "window_bytes": "their features, at most",
@@ -61,6 +64,8 @@ def plan(
         return
     print_table("Plan", named(planned, NAMES))
     print_table("Processes", [(process["name"], _process(process)) for process in planned["processes"]])
+    if planned["warnings"]:
+        print_table("Warnings", [("", warning) for warning in planned["warnings"]])
 
 
 def _process(process: dict[str, Any]) -> str:

@@ -91,15 +91,23 @@ def _dtype_name(name: str, source: Source) -> str:
 
 def views(buffer: torch.Tensor, specs: Sequence[FeatureSpec]) -> dict[str, torch.Tensor]:
     """Typed tensors over ``buffer`` (uint8 [bytes of the sample], 64-byte aligned), without a copy."""
+    typed = {name: buffer.view(DTYPES[name]) for name in {spec.dtype for spec in specs if spec.num_bytes}}
     tensors = {}
     for spec in specs:
-        dtype = DTYPES[spec.dtype]
         if spec.num_bytes:
-            flat = buffer[spec.offset : spec.offset + spec.num_bytes].view(dtype)
-            tensors[spec.name] = flat.view(spec.shape)
+            whole = typed[spec.dtype]
+            start = whole.storage_offset() + spec.offset // whole.element_size()
+            tensors[spec.name] = whole.as_strided(spec.shape, _contiguous_strides(spec.shape), start)
         else:
-            tensors[spec.name] = torch.empty(spec.shape, dtype=dtype)
+            tensors[spec.name] = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
     return tensors
+
+
+def _contiguous_strides(shape: Sequence[int]) -> list[int]:
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return strides
 
 
 def check_specs(ref: SampleRef) -> None:

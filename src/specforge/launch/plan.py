@@ -12,6 +12,7 @@ from specforge.config.run import RunConfig
 from specforge.contracts.capture import FLOAT8, CaptureSpec, TargetInfo
 from specforge.contracts.features import ITEM_BYTES, layout
 from specforge.errors import ConfigError
+from specforge.launch.mooncake import warnings
 
 ARENA_SHARE = 0.75
 """A shared-memory arena never refuses a put while at most this share of it is live."""
@@ -130,7 +131,7 @@ def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: Da
         transfer_bytes=transfer or None,
         retain_memory_bytes=in_memory,
         retain_file_bytes=in_files,
-        warnings=_warnings(config),
+        warnings=tuple(warnings(config.data_plane.mooncake)) if kind == "mooncake" else (),
         ledger=ledger,
         ledger_path=ledger_path(config) if ledger == "sqlite" else None,
         **ledger_place(config),
@@ -315,16 +316,6 @@ def _check_window(config: RunConfig) -> None:
             f"control_plane.window_steps is {config.control_plane.window_steps}, but with data_plane.prefetch_steps = "
             f"{config.data_plane.prefetch_steps} the trainer waits for itself: set it to {needed_steps} or more"
         )
-
-
-def _warnings(config: RunConfig) -> tuple[str, ...]:
-    if store_kind(config) != "mooncake":
-        return ()
-    ports = (
-        "Mooncake's transfer ports listen on every interface of each host that takes part, without authentication: "
-        "keep them behind a firewall or in a network of their own"
-    )
-    return (ports,)
 
 
 def _to_lower(config: RunConfig) -> str:
