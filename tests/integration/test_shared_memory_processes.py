@@ -31,20 +31,22 @@ SAMPLES = {
 
 
 class DiesHere:
-    """Stands for a tensor whose copy never ends: the writer dies in the middle of a put."""
+    """Stands for columns whose copy never ends: the writer dies in the middle of a put."""
 
-    dtype, shape = torch.uint8, (64,)
+    dtype, shape = torch.uint8, (64, 1)
 
-    def detach(self):
+    @property
+    def parts(self):
         os.kill(os.getpid(), 9)
 
 
 class StopsHere(DiesHere):
     """The same, only that the writer stops for the time being."""
 
-    def detach(self):
+    @property
+    def parts(self):
         os.kill(os.getpid(), signal.SIGSTOP)
-        return torch.ones(64, dtype=torch.uint8)
+        return (torch.ones(64, 1, dtype=torch.uint8),)
 
 
 def write(pipe, directory):

@@ -1,6 +1,6 @@
 """The file behind a shared-memory store: its name, its layout, and who writes which word of it.
 
-    header | lane heads [L, 8] | entries [E, 8] | holds [L, E] | frees [L, E] | ids [E, 256] | data, then the reserve
+    header | lane heads [L, 8] | entries [E, 8] | holds [E, L] | frees [E, L] | ids [E, 256] | data, then the reserve
 
 All words are aligned int64, read and written whole. Putting and reading take no lock; every word has one writer:
 
@@ -44,14 +44,15 @@ from specforge.errors import ConfigError
 
 NUM_LANES = 32
 MAX_SAMPLE_FRACTION = 64
-_MAGIC = 0x53464152454E4132
+_MAGIC = 0x53464152454E4133
 _PAGE_BYTES = 4096
 _WORD_BYTES = 8
 _ID_BYTES = 256
 MAX_ID_BYTES = _ID_BYTES - 1
 
 # Header words. READY is written last; entries whose SERIAL is above PUBLISHED belong to a put that is not complete.
-MAGIC, CAPACITY, MAX_SAMPLES, READY, PUBLISHED = range(5)
+# USED: that many entries, the first ones, have ever been in use.
+MAGIC, CAPACITY, MAX_SAMPLES, READY, PUBLISHED, USED = range(6)
 # Words of an entry (one cache line). STATE is written last; SERIAL only grows in an arena. OLD_OFFSET is OFFSET, or
 # where the buffer was before its last move while a reader may still look there.
 STATE, SERIAL, GENERATION, OFFSET, NUM_BYTES, DIGEST_LOW, DIGEST_HIGH, OLD_OFFSET = range(8)
@@ -140,7 +141,7 @@ class Arena:
         self.header, rest = words[:8], words[8:]
         self.lane_heads, rest = rest[: 8 * NUM_LANES].reshape(NUM_LANES, 8), rest[8 * NUM_LANES :]
         self.entries, rest = rest[: 8 * shape.max_samples].reshape(-1, 8), rest[8 * shape.max_samples :]
-        self.holds, self.frees = rest.reshape(2, NUM_LANES, shape.max_samples)
+        self.holds, self.frees = rest.reshape(2, shape.max_samples, NUM_LANES)
         id_bytes = np.frombuffer(mapping, np.uint8, shape.max_samples * _ID_BYTES, shape.words * _WORD_BYTES)
         self._ids = id_bytes.reshape(-1, _ID_BYTES)
         self.data = torch.frombuffer(mapping, dtype=torch.uint8, offset=shape.data_offset)
@@ -233,7 +234,7 @@ class Arena:
     def clear_lanes_in_upkeep(self) -> None:
         for lane, owner in self.lane_owners().items():
             if self.lane_heads[lane, DEPARTED] or owner.is_dead():
-                self.holds[lane] = 0
+                self.holds[:, lane] = 0
                 self.lane_heads[lane, DEPARTED] = 0
                 self.fence()
                 # A writer that lives looks at its lanes when this word changes.
@@ -268,7 +269,7 @@ class Arena:
 
     def readable(self) -> np.ndarray:
         """Bool [E]: entries that a ``get`` may find now."""
-        freed = (self.frees == self.entries[:, SERIAL]).any(axis=0)
+        freed = (self.frees == self.entries[:, SERIAL, None]).any(axis=1)
         readable: np.ndarray = self.live_entries() & ~freed
         return readable
 
@@ -307,9 +308,9 @@ class Arena:
     def health(self) -> StoreHealth:
         """Computed from the shared words alone, so every process sees the same numbers."""
         readable = self.readable()
-        held = self.holds.any(axis=0) & (self.entries[:, STATE] != FREE)
+        held = self.holds.any(axis=1) & (self.entries[:, STATE] != FREE)
         live_bytes = int(self.entries[readable | held, NUM_BYTES].sum())
-        num_handles = int(self.holds[:, held].sum())
+        num_handles = int(self.holds[held].sum())
         return StoreHealth(self.shape.capacity_bytes, live_bytes, int(readable.sum()), num_handles)
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def collect(arena: Arena) -> int:
         states[(states == LIVE) & ~arena.readable()] = FREED
         # FREED must be visible before the holds are looked at (see the module docstring of arena).
         arena.fence()
-        held: np.ndarray = np.any(arena.holds, axis=0, keepdims=True)[0]
+        held: np.ndarray = np.any(arena.holds, axis=1, keepdims=True)[:, 0]
         done = (states == FREED) & ~held
         states[done] = FREE
         arena.give_back(_wanted(arena, held))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from specforge.data_plane.arena import (
     PUBLISHED,
     SERIAL,
     STATE,
+    USED,
     Arena,
 )
 from specforge.data_plane.processes import ProcessIdentity
@@ -41,8 +43,8 @@ class ArenaReader:
         self.arena = arena
         self._lane = _claim_lane(arena)
         self._head = arena.lane_heads[self._lane]
-        self._holds = arena.holds[self._lane]
-        self._frees = arena.frees[self._lane]
+        self._holds = arena.holds[:, self._lane]
+        self._frees = arena.frees[:, self._lane]
         self.num_handles = 0
 
     def hold(self, ref: SampleRef, entry: int, serial: int) -> int | None:
@@ -67,22 +69,23 @@ class ArenaReader:
         self._holds[entry] -= 1
         self._announce()
 
-    def request_free(self, sample_id: str, generation: int) -> bool:
-        """Ask the writer to free the pair; no ``hold`` in any process finds it from now on. False: not in here."""
-        entries = self.arena.entries
-        low, high = digest(sample_id)
-        found = np.flatnonzero(
-            (entries[:, STATE] == LIVE)
-            & (entries[:, GENERATION] == generation)
-            & (entries[:, DIGEST_LOW] == low)
-            & (entries[:, DIGEST_HIGH] == high)
-        )
-        for entry in found:
-            # An entry that was recycled since has another serial, and the writer ignores the request.
-            self._frees[entry] = entries[entry, SERIAL]
-        if len(found):
+    def request_free(self, pairs: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Ask the writer to free the pairs; no ``hold`` in any process finds one from now on. Those not in here."""
+        lows = self.arena.entries[: self.arena.header[USED], DIGEST_LOW].copy()
+        absent = []
+        for sample_id, generation in pairs:
+            found = False
+            for entry in np.flatnonzero(lows == digest(sample_id)[0]).tolist():
+                serial = self._serial_of(entry, sample_id, generation)
+                if serial is not None:
+                    # An entry that is recycled meanwhile has another serial, and the writer ignores the request.
+                    self._frees[entry] = serial
+                    found = True
+            if not found:
+                absent.append((sample_id, generation))
+        if len(absent) < len(pairs):
             self._announce()
-        return bool(len(found))
+        return absent
 
     def finds(self, ref: SampleRef, entry: int, serial: int) -> bool:
         """Whether ``hold`` would find ``ref`` now."""
@@ -109,6 +112,21 @@ class ArenaReader:
     def _is_entry(self, entry: int) -> bool:
         return 0 <= entry < self.arena.shape.max_samples
 
+    def _serial_of(self, entry: int, sample_id: str, generation: int) -> int | None:
+        """The serial of the pair, if it is what is stored in ``entry``. No hold keeps it there."""
+        arena = self.arena
+        serial = int(arena.entries[entry, SERIAL])
+        # SERIAL before STATE before the other words before SERIAL again: what is read between is of that one serial.
+        arena.fence()
+        if arena.entries[entry, STATE] != LIVE:
+            return None
+        arena.fence()
+        words = arena.entries[entry].tolist()
+        arena.fence()
+        if arena.entries[entry, SERIAL] != serial or words[GENERATION] != generation:
+            return None
+        return serial if (words[DIGEST_LOW], words[DIGEST_HIGH]) == digest(sample_id) else None
+
     def _verified_offset(self, ref: SampleRef, entry: int, serial: int) -> int | None:
         arena = self.arena
         if serial > arena.header[PUBLISHED] or arena.entries[entry, STATE] != LIVE:
@@ -120,7 +138,7 @@ class ArenaReader:
             return None
         if (words[DIGEST_LOW], words[DIGEST_HIGH]) != digest(ref.sample_id):
             return None
-        if (arena.frees[:, entry] == serial).any():
+        if (arena.frees[entry] == serial).any():
             return None
         if words[NUM_BYTES] != ref.num_bytes:
             raise CorruptFeature(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from specforge.data_plane.allocator import OffsetAllocator, Span, plan_moves
 from specforge.data_plane.arena import OFFSET, OLD_OFFSET, Arena
@@ -32,10 +33,11 @@ class Block:
 
 
 class ArenaSpace:
-    """Places of all blocks. Offsets and sizes in bytes; a block of 0 bytes takes no room."""
+    """Places of all blocks. Offsets and sizes in bytes; a block of 0 bytes takes no room. ``num_moves`` only grows."""
 
     def __init__(self, arena: Arena) -> None:
         self.blocks: dict[int, Block] = {}
+        self.num_moves = 0
         self._arena = arena
         self._allocator = OffsetAllocator(arena.shape.capacity_bytes)
         self._reserve_in_use = False
@@ -79,7 +81,7 @@ class ArenaSpace:
         """Which entries a reader holds. Fence first: what the readers must see has to be visible by then."""
         if not entries:
             return []
-        held: list[bool] = np.any(self._arena.holds[:, entries], axis=0, keepdims=True)[0].tolist()
+        held: list[bool] = np.any(self._arena.holds[entries], axis=1, keepdims=True)[:, 0].tolist()
         return held
 
     def settle(self) -> None:
@@ -129,8 +131,10 @@ class ArenaSpace:
     def _move(self, block: Block, target: int) -> bool:
         """Copy, switch, and give the old place back unless a reader may be looking at it."""
         source, size = block.offset, block.num_bytes
+        self.num_moves += 1
         data = self._arena.data
-        data[target : target + size].copy_(data[source : source + size])
+        # As words: torch copies single bytes at three quarters of the speed.
+        data[target : target + size].view(torch.int64).copy_(data[source : source + size].view(torch.int64))
         self._arena.fence()
         self._arena.entries[block.entry, OFFSET] = target
         block.offset = target

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from specforge.data_plane.arena import (
     PUBLISHED,
     SERIAL,
     STATE,
+    USED,
     Arena,
 )
 from specforge.data_plane.arena_reader import digest
@@ -49,7 +49,11 @@ class ArenaWriter:
         self.space = ArenaSpace(arena)
         self._readable: dict[tuple[str, int], Block] = {}
         self._retired: list[Block] = []
-        self._free_entries = deque(range(arena.shape.max_samples))
+        # A stack: the entries in use are few and the first ones, and so are the words that a sweep looks at.
+        self._free_entries = list(reversed(range(arena.shape.max_samples)))
+        self._num_used_entries = 0
+        # [E]: the serial of what is readable in an entry, else -1.
+        self._readable_serials = np.full(arena.shape.max_samples, -1)
         self._next_serial = 1
         self._seen_activity = np.zeros(NUM_LANES, dtype=np.int64)
 
@@ -103,8 +107,8 @@ class ArenaWriter:
     def sweep(self) -> int:
         """Honour readers' free requests and releases since the last call; the number of samples freed."""
         activity = self.arena.lane_heads[:, ACTIVITY].copy()
-        changed = np.flatnonzero(activity != self._seen_activity)
-        if not len(changed):
+        changed = (activity != self._seen_activity).nonzero()[0].tolist()
+        if not changed:
             return 0
         self._seen_activity = activity
         return self._honour(changed)
@@ -113,20 +117,22 @@ class ArenaWriter:
         """Clear the lanes of readers that left or died, and reclaim what they held; the number of samples freed."""
         self.arena.clear_lanes()
         # A reader that died may have left a request that it had not counted yet.
-        return self._honour(np.arange(NUM_LANES))
+        return self._honour(range(NUM_LANES))
 
-    def _honour(self, lanes: np.ndarray) -> int:
+    def _honour(self, lanes: Iterable[int]) -> int:
         """Free what the readers of ``lanes`` asked to be freed; the number of samples whose bytes are back."""
         # Readers write a request or a release before they count it.
         self.arena.fence()
-        entries = self.arena.entries
-        requested = (self.arena.frees[lanes] == entries[:, SERIAL]).any(axis=0) & (entries[:, STATE] == LIVE)
-        for entry in np.flatnonzero(requested):
-            self._retire(self.space.blocks[int(entry)])
+        num_used = self._num_used_entries
+        for lane in lanes:
+            requested = self.arena.frees[:num_used, lane] == self._readable_serials[:num_used]
+            for entry in requested.nonzero()[0].tolist():
+                self._retire(self.space.blocks[entry])
         return self._reclaim()
 
     def _retire(self, block: Block) -> None:
         self.arena.entries[block.entry, STATE] = FREED
+        self._readable_serials[block.entry] = -1
         del self._readable[block.pair]
         self._retired.append(block)
 
@@ -156,9 +162,10 @@ class ArenaWriter:
                 f"{self.space.used_bytes:,} of {shape.capacity_bytes:,} bytes and {len(self.space.blocks)} of "
                 f"{shape.max_samples} samples are in use"
             )
-        block = Block(put.pair, self._free_entries.popleft(), self._next_serial, offset, put.num_bytes)
+        block = Block(put.pair, self._free_entries.pop(), self._next_serial, offset, put.num_bytes)
         self._next_serial += 1
         self.space.blocks[block.entry] = block
+        self._num_used_entries = max(self._num_used_entries, block.entry + 1)
         return block
 
     def _find_room(self, num_bytes: int) -> int | None:
@@ -171,9 +178,11 @@ class ArenaWriter:
 
     def _publish(self, blocks: Sequence[Block]) -> None:
         arena = self.arena
+        arena.header[USED] = self._num_used_entries
         for block in blocks:
             # Known here before it is visible anywhere: an exception in this loop leaves nothing that abort cannot free.
             self._readable[block.pair] = block
+            self._readable_serials[block.entry] = block.serial
             block.published = True
             sample_id, generation = block.pair
             arena.put_id(block.entry, sample_id)

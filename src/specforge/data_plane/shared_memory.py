@@ -138,13 +138,13 @@ class SharedMemoryFeatureStore:
         """
         with self._lock:
             self._check_usable()
-            for sample_id, generation in samples:
-                self._aborted.add((sample_id, generation))
-                if self._writer is not None and self._writer.free((sample_id, generation)):
-                    continue
-                # Arenas that this process has mapped, and only then the others.
-                if not self._request_free(sample_id, generation) and self._attach_all():
-                    self._request_free(sample_id, generation)
+            pairs = [(sample_id, generation) for sample_id, generation in samples]
+            for pair in pairs:
+                self._aborted.add(pair)
+            elsewhere = [pair for pair in pairs if self._writer is None or not self._writer.free(pair)]
+            # Arenas that this process has mapped, and only then the others.
+            if elsewhere and (unknown := self._request_free(elsewhere)) and self._attach_all():
+                self._request_free(unknown)
 
     def gc(self) -> int:
         """Reclaim what readers that died held, and what dead writers of the run left: their arenas shrink to what is
@@ -271,9 +271,12 @@ class SharedMemoryFeatureStore:
         self._readers[arena_name] = reader
         return reader
 
-    def _request_free(self, sample_id: str, generation: int) -> bool:
-        found = [reader.request_free(sample_id, generation) for reader in self._readers.values()]
-        return any(found)
+    def _request_free(self, pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Have the pairs freed wherever they are; those that are in no arena that this process has mapped."""
+        found: set[tuple[str, int]] = set()
+        for reader in self._readers.values():
+            found.update(set(pairs).difference(reader.request_free(pairs)))
+        return [pair for pair in pairs if pair not in found]
 
     def _attach_all(self) -> bool:
         """Map every arena of the run that can be read from this PID namespace; True if there was one more."""
