@@ -72,6 +72,54 @@ def test_a_killed_run_takes_up_what_was_kept_in_files(tmp_path, tiny_target_dir,
     assert not (tmp_path / "run" / "retained").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        FILES_ONLY,
+        {"data_plane__store": {"kind": "shared_dir"}, "control_plane__release": "at_checkpoint"},
+        {"data_plane__store": {"kind": "shared_memory"}, "control_plane__release": "at_checkpoint"},
+    ],
+    ids=["kept in files", "shared_dir", "shared_memory"],
+)
+def test_a_killed_run_in_one_process_resumes_beside_features_that_outlived_it(
+    tmp_path, tiny_target_dir, undisturbed, options
+):
+    """Its ledger has forgotten them, and generations begin at 1 again."""
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, **options)
+    command = runs.specforge(tmp_path / "first", "train", "-c", str(run_yaml), "--json")
+    runs.wait_until(lambda: runs.num_steps(tmp_path / "run") >= 5, "five steps")
+    runs.kill(psutil.Process(command.process.pid))
+    assert command.wait() == -signal.SIGKILL
+    resumed = runs.specforge(tmp_path / "second", "train", "-c", str(run_yaml), "--resume", "--json").succeed()
+    assert resumed["draft_weights_sha256"] == undisturbed
+    assert leftovers(run_yaml) == []
+    assert not (tmp_path / "run" / "retained").exists()
+    assert not (tmp_path / "run" / "features").exists()
+
+
+def test_a_resumed_run_may_keep_and_store_features_elsewhere(tmp_path, tiny_target_dir, undisturbed):
+    shared = tmp_path / "shared"
+    store = {"kind": "shared_dir", "path": str(shared)}
+    # One directory for both: they stay apart in it.
+    run_yaml = runs.write_run(
+        tmp_path,
+        tiny_target_dir,
+        topology="disaggregated",
+        data_plane__store=store,
+        data_plane__retain_dir=str(shared),
+        **FILES_ONLY,
+    )
+    command = runs.specforge(tmp_path / "first", "train", "-c", str(run_yaml), "--json")
+    runs.wait_until(lambda: runs.num_steps(tmp_path / "run") >= 5, "five steps")
+    runs.kill(command.family()["parent"])
+    assert command.wait() == -signal.SIGKILL
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, topology="disaggregated")
+    resumed = runs.specforge(tmp_path / "second", "train", "-c", str(run_yaml), "--resume", "--json")
+    assert resumed.succeed()["draft_weights_sha256"] == undisturbed
+    assert list(shared.iterdir()) == []
+    assert leftovers(run_yaml) == []
+
+
 @pytest.mark.parametrize("victim", ["mooncake_master", "mooncake_client"])
 def test_a_run_goes_on_when_mooncake_loses_everything(tmp_path, tiny_target_dir, undisturbed, victim):
     run_yaml = runs.write_run(tmp_path, tiny_target_dir, **STORES["mooncake"], **NOTHING, training__checkpoint_every=1)

@@ -131,6 +131,7 @@ class DataFlowController:
             self._numbers.resume(self._store.counts())
             self._started = True
             self._publish(self._dispatch_ready())
+        self._features.abort(found.unwanted)
         self.collect()
 
     # CaptureControl
@@ -263,8 +264,7 @@ class DataFlowController:
             for sample in freed:
                 self._window.retire(sample)
             self._window.hold(held, step)
-        self._free(freed)
-        self._stow([sample for sample in done if sample not in freed])
+        self._let_go(done, freed)
 
     def checkpointed(self, step: int) -> None:
         with self._changed:
@@ -280,8 +280,7 @@ class DataFlowController:
             for sample in freed:
                 self._window.retire(sample)
             self._numbers.checkpointed(step)
-        self._free(freed)
-        self._stow([sample for sample in covered if sample not in freed])
+        self._let_go(covered, freed)
         self.collect()
 
     def checkpoint_state(self) -> dict[str, Any]:
@@ -556,14 +555,22 @@ class DataFlowController:
             return False
         return self._order.slot(last_slot).epoch + 1 < self._order.num_epochs
 
-    def _stow(self, samples: Sequence[InFlight]) -> None:
-        """Put the features of these samples aside; free those for which there is no room."""
+    def _let_go(self, done: Sequence[InFlight], freed: Sequence[InFlight]) -> None:
+        """Free the features of ``freed``, which the ledger has released; put the rest of ``done`` aside, as far as
+        there is room. No slot opens before both are done.
+        """
+        is_freed = {sample.index for sample in freed}
+        aside = [sample for sample in done if sample.index not in is_freed]
+        self._free([*freed, *self._stow(aside)])
+
+    def _stow(self, samples: Sequence[InFlight]) -> list[InFlight]:
+        """Put the features of these samples aside; those for which there was no room, released and to be freed."""
         if not samples or self._retention is None:
-            return
+            return []
         kept = self._retention.retain([sample.ref for sample in samples if sample.ref is not None])
         with self._changed:
             ours = [self._window.in_flight.get(sample.index) is sample for sample in samples]
-            # A slot that opened meanwhile needs them where they are.
+            # A slot that another thread opened meanwhile needs them where they are.
             freed = [
                 sample
                 for sample, is_kept, is_ours in zip(samples, kept, ours, strict=True)
@@ -578,4 +585,4 @@ class DataFlowController:
         # The run may have ended meanwhile, which frees what it knew of.
         ended = [sample for sample, is_ours in zip(samples, ours, strict=True) if not is_ours]
         self._features.abort([(sample.sample_id, sample.generation) for sample in ended])
-        self._free(freed)
+        return freed

@@ -50,7 +50,7 @@ class Remains:
 @dataclass(frozen=True, slots=True)
 class Recovered:
     """Where the run stands: its first slot that is not done, slots trained beyond it (arrival order), quarantines, what
-    stays in flight, and what was put aside for later epochs.
+    stays in flight, what was put aside for later epochs, and the (sample_id, generation) pairs that nothing wants.
     """
 
     first_slot: int
@@ -58,6 +58,7 @@ class Recovered:
     quarantines: list[Quarantine]
     kept: list[LiveAttempt]
     retained: list[LiveAttempt]
+    unwanted: list[tuple[str, int]]
 
 
 def reconcile(
@@ -87,13 +88,14 @@ def reconcile(
     # What was committed may be wanted by slots beyond the window: with release = at_checkpoint it stays that long.
     slots = _slots_to_come(order, first, {*trained}, quarantines)
     soon = {order.index_at(slot) for slot in islice(slots, window_slots)}
-    later = {order.index_at(slot) for slot in islice(slots, len(readable))}
+    later = {order.index_at(slot) for slot in islice(slots, len(readable - put_aside))}
     ever = soon | later | _wanted({attempt.sample for attempt in put_aside} - soon - later, order, slots)
     kept: list[LiveAttempt] = []
     retained: list[LiveAttempt] = []
     void: list[Attempt] = []
     gone: list[Attempt] = []
     unwanted: list[Attempt] = []
+    pairs: list[tuple[str, int]] = []
     for item in in_flight:
         if item.ref is None:
             if item.attempt.sample in soon and item.worker_id in live_workers:
@@ -108,6 +110,7 @@ def reconcile(
             kept.append(item)
         else:
             unwanted.append(item.attempt)
+            pairs.append((item.ref.sample_id, item.ref.generation))
 
     def settle() -> None:
         store.requeue(void)
@@ -115,7 +118,7 @@ def reconcile(
         store.release(unwanted)
 
     store.transact(settle)
-    return Recovered(first, trained, quarantines, kept, retained)
+    return Recovered(first, trained, quarantines, kept, retained, pairs)
 
 
 def _wanted(samples: set[int], order: SampleOrder, slots: Iterator[int]) -> set[int]:

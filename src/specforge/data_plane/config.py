@@ -138,6 +138,11 @@ class DataPlaneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     store: Store = Field(AutoStore(), description="The feature store.")
+    namespace: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_-]{1,40}$",
+        description="Name of the run in stores that other runs use too; null: drawn when the run starts, and kept.",
+    )
     mooncake: MooncakeConfig = Field(MooncakeConfig(), description="The Mooncake Store, where it is the store.")
     retain_bytes: BytesOrNone = Field(
         2**30,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,9 @@ import torch
 from specforge.contracts.features import FeatureHandle
 from specforge.contracts.refs import SampleRef
 from specforge.data_plane.base import FeatureStore, PutRequest, StoredFeatures, StoreHealth
-from specforge.errors import FeatureNotFound, FeatureStoreFull, FeatureTooLarge
+from specforge.errors import FeatureNotFound, FeatureStoreError, FeatureStoreFull, FeatureTooLarge
+
+_LOG = logging.getLogger(__name__)
 
 Pair = tuple[str, int]
 
@@ -48,6 +51,7 @@ class RetainingFeatureStore:
     def __init__(self, inner: FeatureStore, tiers: Sequence[Tier], *, by_reference: bool = False) -> None:
         self.name = inner.name
         self._inner, self._tiers, self._by_reference = inner, tiers, by_reference
+        self._usable = list(tiers)
         self._lock = threading.Lock()
         self._places: dict[Pair, _Place] = {}
         # What earlier processes put aside, until somebody asks for it with a ref.
@@ -122,7 +126,8 @@ class RetainingFeatureStore:
             return True
         try:
             [(tensors, handle)] = self._inner.get([ref])
-        except FeatureNotFound:
+        except FeatureStoreError:
+            # Gone, damaged, or no room to read it now: it is freed, and captured again.
             return False
         pair = ref.sample_id, ref.generation
         try:
@@ -137,18 +142,30 @@ class RetainingFeatureStore:
         return True
 
     def _put_aside(self, ref: SampleRef, tensors: dict[str, torch.Tensor]) -> _Place | None:
-        for tier in self._tiers:
-            kept = tensors
-            if not self._by_reference and tier.keeps_references:
-                if tier.health().live_bytes + ref.num_bytes > tier.health().capacity_bytes:
+        for tier in list(self._usable):
+            kept: dict[str, torch.Tensor] = tensors
+            if tier.keeps_references:
+                health = tier.health()
+                if health.live_bytes + ref.num_bytes > health.capacity_bytes:
                     continue  # not copied in vain
-                kept = {name: tensor.clone() for name, tensor in tensors.items()}
+                kept = {name: self._host_copy(tensor) for name, tensor in tensors.items()}
             try:
                 [stored] = tier.put([PutRequest(ref.sample_id, ref.generation, kept)])
             except (FeatureStoreFull, FeatureTooLarge):
                 continue
+            except FeatureStoreError as error:
+                # Room to spare is no reason to end a run.
+                _LOG.warning(
+                    "features are not kept in %s any more, the target runs again for them: %s", tier.name, error
+                )
+                self._usable.remove(tier)
+                continue
             return _Place(tier, replace(ref, store=stored.store, key=stored.key))
         return None
+
+    def _host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` itself where it outlives its handle and is in host memory."""
+        return tensor if self._by_reference and tensor.device.type == "cpu" else tensor.to("cpu", copy=True)
 
     def _place(self, ref: SampleRef) -> _Place | None:
         pair = ref.sample_id, ref.generation
@@ -163,6 +180,8 @@ class RetainingFeatureStore:
         with self._lock:
             self._found.pop(pair, None)
             self._places[pair] = place
+        # An earlier process may have died between the two steps of putting it aside.
+        self._inner.abort([pair])
         return place
 
     def _get(

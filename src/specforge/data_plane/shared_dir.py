@@ -346,7 +346,7 @@ class SharedDirFeatureStore:
                 raise FeatureStoreFull(f"{self._directory} is full, nothing was stored ({path}: {reason})") from error
             message = f"cannot {verb} {path}: {reason}"
             if error.errno in _DENIED:
-                message += f"; make {self._directory} writable for this user, or choose another data_plane.store.path"
+                message += f"; make {self._directory} writable for this user, or choose another directory"
             raise FeatureStoreError(message) from error
 
     def _files(self) -> Iterator[Path]:

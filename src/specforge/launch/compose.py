@@ -81,7 +81,15 @@ from specforge.launch.runtime import (
     TrainOutcome,
     TrainRuntime,
 )
-from specforge.launch.stores import clear, make_room, open_reader, open_writer, start_service, with_retention
+from specforge.launch.stores import (
+    clear_at_the_end,
+    make_room,
+    open_reader,
+    open_writer,
+    start_service,
+    with_namespace,
+    with_retention,
+)
 from specforge.monitor.console import ConsoleMonitor
 from specforge.monitor.fanout import FanoutMonitor
 from specforge.monitor.jsonl import JsonlMonitor
@@ -114,7 +122,7 @@ def build_online_runtime(config: RunConfig, *, resume: bool = False) -> TrainRun
     with contextlib.ExitStack() as resources:
         inputs = replace(inputs, config=resolve(config, inputs.plan, resources))
         make_room(inputs.config, inputs.plan, resume)
-        resources.callback(clear, inputs.config)
+        resources.callback(clear_at_the_end, inputs.config)
         store = open_writer(inputs.config)
         resources.callback(store.close)
         runtime = _train_side(inputs, store, resources, resume, engine=make_engine(inputs.config, inputs.target))
@@ -190,7 +198,7 @@ def build_disagg_online_runtime(
         resources.callback(endpoint.close)
         resolved = resolve(config, inputs.plan, resources)
         make_room(resolved, inputs.plan, resume)
-        resources.callback(clear, resolved)
+        resources.callback(clear_at_the_end, resolved)
         config_file = config.run_dir / RESOLVED_FILE
         dump_run_config(resolved, config_file)
         logs = config.run_dir / "logs"
@@ -223,7 +231,7 @@ def resolve(config: RunConfig, plan: Plan, resources: contextlib.ExitStack) -> R
     data_plane = config.data_plane.model_copy(update=found)
     control_plane = config.control_plane.model_copy(update={"ledger": resolved_ledger(plan)})
     resolved = config.model_copy(update={"data_plane": data_plane, "control_plane": control_plane})
-    return start_service(resolved, plan, resources)
+    return start_service(with_namespace(resolved), plan, resources)
 
 
 def resolved_ledger(plan: Plan) -> LedgerConfig:

@@ -16,6 +16,8 @@ from specforge.launch.mooncake import warnings
 
 ARENA_SHARE = 0.75
 """A shared-memory arena never refuses a put while at most this share of it is live."""
+OBJECT_OVERHEAD = 1024
+"""Bytes that a sample takes beyond its features, at most."""
 MAX_SAMPLE_SHARE = 1 / 64
 """No sample may be larger than this share of an arena."""
 
@@ -110,14 +112,14 @@ def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: Da
     kind = store_kind(config)
     capacity = store_capacity(config, max_sample)
     transfer = transfer_bytes(config, max_sample, per_token) if kind == "mooncake" else 0
-    in_memory, in_files = retained_bytes(config, per_token * data.num_tokens)
+    in_memory, in_files = retained_bytes(config, per_token * data.num_tokens + data.num_samples * OBJECT_OVERHEAD)
     resident_bytes = {policy: num * max_sample for policy, num in resident_samples(config).items()}
     # What a process that captures holds of the features.
     held = {
         "local": resident_bytes[config.control_plane.release],
         "shared_memory": capacity or 0,
         "shared_dir": 0,
-        "mooncake": transfer,
+        "mooncake": transfer if config.topology == "disaggregated" else 0,
     }
     ledger = ledger_kind(config)
     return Plan(
@@ -221,7 +223,9 @@ def transfer_bytes(config: RunConfig, max_sample: int, per_token: int) -> int:
 
     Refuses one that does not hold a micro-batch.
     """
-    micro_batch = max(max_sample, config.training.micro_batch_tokens * per_token)
+    # Of each sample of a micro-batch: the alignment of its features and the header of its object.
+    overhead = config.training.global_batch_size * OBJECT_OVERHEAD
+    micro_batch = max(max_sample, config.training.micro_batch_tokens * per_token) + overhead
     given = config.data_plane.mooncake.buffer_bytes
     if given is None:
         return math.ceil((2 * micro_batch + 2 * max_sample) / 2**20 + 1) * 2**20

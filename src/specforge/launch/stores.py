@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from specforge.config.load import load_run_config
 from specforge.config.run import RunConfig
 from specforge.data_plane.base import FeatureStore
 from specforge.data_plane.config import SharedDirStore, SharedMemoryStore
@@ -23,12 +28,15 @@ from specforge.data_plane.mooncake import MooncakeFeatureStore, MooncakeSettings
 from specforge.data_plane.retention import RetainingFeatureStore, Tier
 from specforge.data_plane.shared_dir import SharedDirFeatureStore
 from specforge.data_plane.shared_memory import SHARED_MEMORY, SharedMemoryFeatureStore, collect_orphans
-from specforge.errors import ConfigError
+from specforge.errors import ConfigError, FeatureStoreError, UserError
+from specforge.launch.inputs import RESOLVED_FILE
 from specforge.launch.mooncake import MooncakeService
 from specforge.launch.plan import Plan, capture_names, max_resident_samples, retain_dir, run_id, shared_dir
 
 _LOG = logging.getLogger(__name__)
 
+NAMESPACE_FILE = "namespace"
+DURABLE_LEDGERS = frozenset({"sqlite", "postgres"})
 ARENA_OVERHEAD = 1.1
 """The file of an arena is larger than its capacity, by less than this."""
 
@@ -64,14 +72,14 @@ def with_retention(config: RunConfig, store: FeatureStore, resources: contextlib
     in_memory = min(options.retain_bytes, options.retain_memory_bytes)
     tiers: list[Tier] = [LocalFeatureStore(in_memory)] if in_memory else []
     spilled = None
-    if options.retain_bytes > in_memory:
-        spilled = SharedDirFeatureStore(retain_dir(config), run_id(config), options.retain_bytes - in_memory)
+    if _keeps_files(config):
+        spilled = _retained(config, options.retain_bytes - in_memory)
         spilled.adopt()
         tiers.append(spilled)
     retaining = RetainingFeatureStore(store, tiers, by_reference=isinstance(store, LocalFeatureStore))
     resources.callback(retaining.close)
     if spilled is not None:
-        resources.callback(_remove_if_empty, spilled, retain_dir(config), config)
+        resources.callback(_quietly, _remove_if_empty, spilled, retain_dir(config), config)
     return retaining
 
 
@@ -87,14 +95,35 @@ def start_service(config: RunConfig, plan: Plan, resources: contextlib.ExitStack
     return config.model_copy(update={"data_plane": config.data_plane.model_copy(update={"mooncake": found})})
 
 
+def with_namespace(config: RunConfig) -> RunConfig:
+    """``config`` with the name that the run has in stores that others use too: random, and kept in its directory."""
+    name = config.data_plane.namespace
+    if name is None:
+        config.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = config.run_dir / NAMESPACE_FILE
+        if not file.exists():
+            drawn = file.with_suffix(f".{os.getpid()}")
+            drawn.write_text(secrets.token_hex(8))
+            drawn.replace(file)
+        name = file.read_text()
+    return config.model_copy(update={"data_plane": config.data_plane.model_copy(update={"namespace": name})})
+
+
 def make_room(config: RunConfig, plan: Plan, resume: bool) -> None:
     """Free what an earlier start of the run left, as far as it is not wanted any more.
 
-    A resumed run takes up features that can still be read, unless the new arenas would find no room beside them.
+    A resumed run takes up features that can still be read if its ledger knows of them, unless the new arenas would find
+    no room beside them.
     """
-    if not resume:
+    if _keeps_files(config):
+        _check_writable(retain_dir(config))
+    if resume:
+        _quietly(_clear_former_places, config)
+    knows = resume and plan.ledger in DURABLE_LEDGERS
+    if not knows or not _keeps_files(config):
+        _remove(_retained(config), retain_dir(config), config)
+    if not knows:
         clear(config)
-        _remove(SharedDirFeatureStore(retain_dir(config), run_id(config)), retain_dir(config), config)
     elif config.data_plane.store.kind == "shared_memory":
         with contextlib.closing(SharedMemoryFeatureStore.attach(run_id(config))) as store:
             store.gc()
@@ -116,10 +145,57 @@ def clear(config: RunConfig) -> None:
             store.remove_all()
 
 
+def clear_at_the_end(config: RunConfig) -> None:
+    """``clear``; a store that refuses is logged, because how the run ended matters more."""
+    _quietly(clear, config)
+
+
+def _clear_former_places(config: RunConfig) -> None:
+    """Where the run had its features at its last start, should a resume have moved them."""
+    try:
+        former = load_run_config(config.run_dir / RESOLVED_FILE)
+    except UserError:
+        return
+    named = former.data_plane.model_copy(update={"namespace": config.data_plane.namespace})
+    former = former.model_copy(update={"data_plane": named})
+    if former.data_plane.store.kind != config.data_plane.store.kind or shared_dir(former) != shared_dir(config):
+        clear(former)
+    if retain_dir(former) != retain_dir(config):
+        _remove(_retained(former), retain_dir(former), former)
+
+
+def _quietly(work: Callable[..., None], *arguments: Any) -> None:
+    try:
+        work(*arguments)
+    except (OSError, FeatureStoreError) as error:
+        _LOG.warning("features of the run are left behind: %s", error)
+
+
+def _keeps_files(config: RunConfig) -> bool:
+    return config.data_plane.retain_bytes > config.data_plane.retain_memory_bytes
+
+
+def _check_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"data_plane.retain_dir, {directory}, cannot be written ({error.strerror}): make it writable for this "
+            "user, choose another one, or lower data_plane.retain_bytes to retain_memory_bytes"
+        ) from None
+
+
+def _retained(config: RunConfig, capacity_bytes: int | None = None) -> SharedDirFeatureStore:
+    """What is kept in files; apart from the run's store, should both be in one directory."""
+    return SharedDirFeatureStore(retain_dir(config), f"{config.data_plane.namespace}-retained", capacity_bytes)
+
+
 def _shared_dir(config: RunConfig) -> SharedDirFeatureStore:
     store = config.data_plane.store
     fsync = isinstance(store, SharedDirStore) and store.fsync
-    return SharedDirFeatureStore(shared_dir(config), run_id(config), fsync=fsync)
+    return SharedDirFeatureStore(shared_dir(config), str(config.data_plane.namespace), fsync=fsync)
 
 
 def _log_given_up(reason: str) -> None:
@@ -133,7 +209,7 @@ def _mooncake(config: RunConfig) -> MooncakeFeatureStore:
         raise ConfigError("data_plane.mooncake needs master, admin and buffer_bytes before a store is opened")
     return MooncakeFeatureStore(
         MooncakeSettings(
-            run_id=run_id(config),
+            run_id=str(config.data_plane.namespace),
             master=options.master,
             admin=options.admin,
             host=options.host,
@@ -155,5 +231,6 @@ def _remove_if_empty(store: SharedDirFeatureStore, directory: Path, config: RunC
 def _remove(store: SharedDirFeatureStore, directory: Path, config: RunConfig) -> None:
     """Everything of the run in ``store``; its ``directory`` too where the run made it."""
     store.remove_all()
-    if directory.parent == config.run_dir and directory.is_dir():
-        directory.rmdir()
+    if directory.parent == config.run_dir:
+        with contextlib.suppress(OSError):
+            directory.rmdir()

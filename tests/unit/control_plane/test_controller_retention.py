@@ -74,3 +74,25 @@ def test_the_end_of_a_run_frees_what_was_put_aside(store):
     assert run.features.stored() != []
     run.controller.finish()
     assert run.features.stored() == []
+
+
+def test_what_was_put_aside_and_no_slot_wants_is_freed_at_a_restart():
+    """Killed between the checkpoint of a sample's last slot and the news of it."""
+
+    class ClaimedAtOnce(NamedFeatures):
+        def stored(self):
+            return []  # what was asked for with a ref is not listed any more
+
+    store = InMemoryMetadataStore()
+    features = ClaimedAtOnce(NUM_SAMPLES)
+    run = Run(store, epochs=1, features=features, retain=True, release="at_checkpoint", window_slots=6)
+    run.commit(run.lease(6))
+    run.train(run.poll(2), 1)
+    features.retain([ref.ref for ref in run.poll(100)])
+    first = list(features._pairs)
+    features.put(first)
+    features._put_aside |= set(first)
+    again = Run(store, epochs=1, features=features, retain=True, release="at_checkpoint", window_slots=6)
+    again.controller.resume(Position(2, 1))
+    trained = {f"s{index}" for index in again.indices([0, 1])}
+    assert not {sample_id for sample_id, _ in features._pairs} & trained

@@ -138,3 +138,22 @@ def test_files_outlive_the_process_and_orphans_among_them_are_listed(tmp_path, a
     second.abort([("s2", 1)])
     assert second.retain([more]) == [True]
     assert sorted(spill.stored()) == [("more", 1), ("s0", 1), ("s1", 1)]
+
+
+def test_a_directory_that_cannot_be_written_costs_captures_and_nothing_else(tmp_path, arena, caplog):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the directory should be")
+    store = RetainingFeatureStore(arena, [SharedDirFeatureStore(blocked, "run")])
+    refs = [put_one(store, name, filled(SIZE, 3)) for name in "ab"]
+    assert store.retain(refs) == [False, False]
+    assert caplog.text.count("not kept in shared_dir any more") == 1
+    assert_same_bits(read(store, refs[0]), filled(SIZE, 3))
+
+
+def test_a_sample_that_lies_in_both_places_after_a_kill_is_freed_in_the_store(tmp_path, arena):
+    ref = put_one(arena, "a", filled(SIZE, 4))
+    put_one(make_spill(tmp_path), "a", filled(SIZE, 4))
+    store = RetainingFeatureStore(arena, [make_spill(tmp_path)])
+    assert store.retained([ref]) == [True]
+    assert arena.health().num_samples == 0
+    assert_same_bits(read(store, ref), filled(SIZE, 4))
