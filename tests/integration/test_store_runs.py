@@ -121,8 +121,9 @@ def test_a_resumed_run_may_keep_and_store_features_elsewhere(tmp_path, tiny_targ
 
 
 @pytest.mark.parametrize("victim", ["mooncake_master", "mooncake_client"])
-def test_a_run_goes_on_when_mooncake_loses_everything(tmp_path, tiny_target_dir, undisturbed, victim):
-    run_yaml = runs.write_run(tmp_path, tiny_target_dir, **STORES["mooncake"], **NOTHING, training__checkpoint_every=1)
+@pytest.mark.parametrize("store", ["mooncake", "mooncake in one process"])
+def test_a_run_goes_on_when_mooncake_loses_everything(tmp_path, tiny_target_dir, undisturbed, store, victim):
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, **STORES[store], **NOTHING, training__checkpoint_every=1)
     command = runs.specforge(tmp_path, "train", "-c", str(run_yaml), "--json")
     runs.wait_until(lambda: runs.num_steps(tmp_path / "run") >= 3, "three steps")
     services = {process.name(): process for process in psutil.Process(command.process.pid).children()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ import typer
 from specforge.cli.options import ConfigFile, Overrides
 from specforge.cli.output import AsJson, named, print_json, print_table
 from specforge.config.load import load_run_config
+from specforge.config.run import RunConfig
+from specforge.prompts.config import PATH_ONLY
 
 NAMES = {
     "path": "directory",
@@ -52,4 +55,12 @@ def capture(
         print_json(captured)
     else:
         print_table("Captured", named(captured, NAMES))
-        typer.echo(f"train on it: specforge train -c {config} data.path=null data.features={captured['path']}")
+        given = " ".join([*(overrides or []), *_resets(run), "data.path=null", f"data.features={captured['path']}"])
+        typer.echo(f"train on it: specforge train -c {config} {given}")
+
+
+def _resets(run: RunConfig) -> list[str]:
+    """Overrides that take back how ``data.path`` was read."""
+    fields = type(run.data).model_fields
+    changed = [name for name in PATH_ONLY if getattr(run.data, name) != fields[name].default]
+    return [f"data.{name}={json.dumps(fields[name].default).strip(chr(34))}" for name in changed]

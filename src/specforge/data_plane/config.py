@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -95,7 +96,14 @@ Store = Annotated[
     AutoStore | LocalStore | SharedMemoryStore | SharedDirStore | MooncakeStore, Field(discriminator="kind")
 ]
 
-Address = Annotated[str, Field(pattern=r"^[^\s:/]+:\d{1,5}$")]
+
+def _check_port(address: str) -> str:
+    if not 0 < int(address.rpartition(":")[2]) < 2**16:
+        raise ValueError(f"expected a port from 1 to {2**16 - 1} in {address}")
+    return address
+
+
+Address = Annotated[str, Field(pattern=r"^[^\s:/]+:\d{1,5}$"), AfterValidator(_check_port)]
 """``host:port``."""
 
 
@@ -121,7 +129,7 @@ class MooncakeConfig(BaseModel):
     buffer_bytes: Bytes | None = Field(
         None, description="Registered transfer buffer of each process; null: what the plan says is needed."
     )
-    reconnect_s: PositiveFloat = Field(60.0, description="How long a call waits for a master that is away.")
+    reconnect_s: PositiveFloat = Field(30.0, description="How long a call waits for a master that is away.")
 
     @model_validator(mode="after")
     def _external_has_addresses(self) -> Self:

@@ -96,8 +96,9 @@ class MooncakeFeatureStore:
         """
         self._settings = settings
         self._names = Names(settings.run_id)
-        self._connection = MooncakeConnection(settings, load_library())
+        library = load_library()
         self._pool = TransferPool(settings.buffer_bytes)
+        self._connection = MooncakeConnection(settings, library)
         try:
             self._connection.register(self._pool.address, self._pool.num_bytes)
         except BaseException:

@@ -286,7 +286,7 @@ def _read_entry(line: bytes) -> Entry:
     entry = _ENTRY.read(line)
     if isinstance(entry, StoredSample):
         path = PurePosixPath(entry.path)
-        if path.is_absolute() or ".." in path.parts or path.suffix != SUFFIX:
+        if path.is_absolute() or ".." in path.parts or path.suffix != SUFFIX or "\0" in entry.path:
             raise ContractError(f"{entry.path!r} is no place of a feature file in the set")
     return entry
 

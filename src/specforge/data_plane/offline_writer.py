@@ -27,7 +27,7 @@ from specforge.data_plane.offline import (
     read_entries,
     sample_path,
 )
-from specforge.data_plane.safetensors_file import is_leftover, sync_directory, write_file
+from specforge.data_plane.safetensors_file import sync_directory, write_file
 from specforge.data_plane.tensors import Source, specs_of
 from specforge.errors import DataError
 
@@ -50,16 +50,15 @@ class FeatureSetWriter:
         self._manifest = replace(
             manifest, prompts_sha256=hashlib.sha256(prompts).hexdigest(), num_prompts=len(sample_ids)
         )
+        self._prompts = prompts
+        self._index = -1
+        self._index_synced = 0.0
         self._check_directory()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (directory / FEATURES_DIR).mkdir(exist_ok=True, mode=0o700)
         self.entries: Index = {e.sample_id: e for e in self._found() if isinstance(e, StoredSample)}
-        if self.missing():
-            self._write(MANIFEST_FILE, manifest_text(self._manifest))
-        self._write(PROMPTS_FILE, prompts)
-        self._write(INDEX_FILE, index_text(self.entries.values()))
-        self._index = os.open(directory / INDEX_FILE, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        self._index_synced = time.monotonic()
+        # A complete set, failed samples and all, stays one until there is something to add.
+        if not ((directory / MANIFEST_FILE).exists() and read_any_manifest(directory).complete):
+            self._begin()
 
     def missing(self) -> list[str]:
         """Ids of the samples that have no features yet, in order; failed ones are among them."""
@@ -73,6 +72,7 @@ class FeatureSetWriter:
         tensors: Mapping[str, Source],
     ) -> StoredSample:
         """Store one sample; its file is on the disk when this returns."""
+        self._begin()
         path = sample_path(sample_id)
         file = self.directory / path
         if not file.parent.is_dir():
@@ -87,6 +87,7 @@ class FeatureSetWriter:
 
     def fail(self, sample_id: str, reason: str) -> None:
         """Record that the sample has no features, and why."""
+        self._begin()
         (self.directory / sample_path(sample_id)).unlink(missing_ok=True)
         self._append(FailedSample(sample_id, reason))
 
@@ -104,6 +105,17 @@ class FeatureSetWriter:
         self._write(INDEX_FILE, index_text(ordered))
         self._write(MANIFEST_FILE, manifest_text(self._manifest))
         return self._manifest
+
+    def _begin(self) -> None:
+        """Declare the set incomplete. The manifest comes first: it says what the directory is."""
+        if self._index >= 0:
+            return
+        self._write(MANIFEST_FILE, manifest_text(self._manifest))
+        (self.directory / FEATURES_DIR).mkdir(exist_ok=True, mode=0o700)
+        self._write(PROMPTS_FILE, self._prompts)
+        self._write(INDEX_FILE, index_text(self.entries.values()))
+        self._index = os.open(self.directory / INDEX_FILE, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._index_synced = time.monotonic()
 
     def close(self) -> None:
         """Idempotent. What was added stays, complete or not."""
@@ -145,9 +157,9 @@ class FeatureSetWriter:
 
     def _found(self) -> list[Entry]:
         """What an earlier writer left in the index, as far as the files are there; its temporary files are removed."""
+        # Nobody else writes here: the caller holds the lock of the directory.
         for path in self.directory.glob(f"{FEATURES_DIR}/*/.*"):
-            if is_leftover(path.name):
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         known = set(self._sample_ids)
         return [
             entry

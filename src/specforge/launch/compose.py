@@ -18,6 +18,7 @@ of this one) and ``run_disagg_online_interleaved`` (both halves of the disaggreg
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import secrets
 import socket
@@ -98,6 +99,8 @@ from specforge.training.checkpoint import Checkpointer, Provenance, TrainPositio
 from specforge.training.optimizer import MasterOptimizer, OptimizerSettings
 from specforge.training.schedule import Schedule
 from specforge.training.trainer import Ledger, Trainable, Trainer, TrainerSettings, check_same_run
+
+_LOG = logging.getLogger(__name__)
 
 MAX_LEASES = 8
 """Samples that a rollout worker leases at a time."""
@@ -196,7 +199,8 @@ def build_disagg_online_runtime(
     with contextlib.ExitStack() as resources:
         endpoint = Endpoint.open(config.control_plane.host, config.control_plane.port)
         resources.callback(endpoint.close)
-        resolved = resolve(config, inputs.plan, resources)
+        executor = HostExecutor(endpoint, config.launch.restarts, command)
+        resolved = resolve(config, inputs.plan, resources, executor.fail)
         make_room(resolved, inputs.plan, resume)
         resources.callback(clear_at_the_end, resolved)
         config_file = config.run_dir / RESOLVED_FILE
@@ -207,7 +211,7 @@ def build_disagg_online_runtime(
             ChildSpec(name, "capture", config_file, log_file=logs / f"{name}.log", keep_open=keep_open)
             for name in capture_names(config)
         ]
-        runtime = HostRuntime(HostExecutor(endpoint, config.launch.restarts, command), children, resources.pop_all())
+        runtime = HostRuntime(executor, children, resources.pop_all())
     return runtime
 
 
@@ -216,10 +220,12 @@ def run_disagg_online_interleaved(config: RunConfig, *, resume: bool = False) ->
     return build_online_runtime(config, resume=resume).run()
 
 
-def resolve(config: RunConfig, plan: Plan, resources: contextlib.ExitStack) -> RunConfig:
+def resolve(
+    config: RunConfig, plan: Plan, resources: contextlib.ExitStack, on_given_up: Callable[[str], None] = _LOG.error
+) -> RunConfig:
     """``config`` with every automatic choice of ``plan`` written down: what children read.
 
-    A managed service is started for it, and ends when ``resources`` close.
+    A managed service is started for it, and ends when ``resources`` close. ``on_given_up`` hears why it ended earlier.
     """
     found: dict[str, Any] = {}
     if plan.store == "shared_memory":
@@ -231,7 +237,7 @@ def resolve(config: RunConfig, plan: Plan, resources: contextlib.ExitStack) -> R
     data_plane = config.data_plane.model_copy(update=found)
     control_plane = config.control_plane.model_copy(update={"ledger": resolved_ledger(plan)})
     resolved = config.model_copy(update={"data_plane": data_plane, "control_plane": control_plane})
-    return start_service(with_namespace(resolved), plan, resources)
+    return start_service(with_namespace(resolved), plan, resources, on_given_up)
 
 
 def resolved_ledger(plan: Plan) -> LedgerConfig:

@@ -103,7 +103,7 @@ class HostExecutor:
         self._command, self._observe = command, observe
         self._places: dict[str, _Place] = {}
         # A signal handler may put at any moment: SimpleQueue allows it inside its own get.
-        self._events: queue.SimpleQueue[tuple[Child, Line | Exit] | Literal["stop"]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[Child, Line | Exit] | RunFailed | Literal["stop"]] = queue.SimpleQueue()
         self._failure: Exception | None = None
         self._results: dict[str, dict[str, Any]] = {}
         self._ending = self._is_finished = self._is_stop_requested = False
@@ -136,6 +136,10 @@ class HostExecutor:
         """End all children in order. Safe to call from any thread and from a signal handler."""
         self._events.put("stop")
 
+    def fail(self, reason: str) -> None:
+        """End the run, which failed for ``reason``. Safe to call from any thread."""
+        self._events.put(RunFailed(reason))
+
     def _take_event(self) -> None:
         next_start = min((place.due_at for place in self._places.values() if place.due_at is not None), default=None)
         timeout_s = None if next_start is None else max(0.0, next_start - time.monotonic())
@@ -146,6 +150,10 @@ class HostExecutor:
             return
         if event == "stop":
             self._is_stop_requested = True
+            self._stop_all()
+            return
+        if isinstance(event, RunFailed):
+            self._failure = self._failure or event
             self._stop_all()
             return
         child, what = event

@@ -22,10 +22,11 @@ _RETRY_S = 0.1
 
 
 @contextlib.contextmanager
-def run_lock(directory: Path) -> Iterator[int]:
+def run_lock(directory: Path, orphans_leave_s: float = ORPHANS_LEAVE_S) -> Iterator[int]:
     """Hold ``directory``, which is made where it is not there; children that inherit the descriptor hold it too.
 
-    A :class:`ConfigError` while another process holds it; the children of one that was killed are waited for.
+    A :class:`ConfigError` while another process holds it; the children of one that was killed are waited for, up to
+    ``orphans_leave_s``.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -35,7 +36,7 @@ def run_lock(directory: Path) -> Iterator[int]:
             f"{directory} cannot be the directory of a run ({error.strerror}); choose one that can be written"
         ) from None
     try:
-        _take(descriptor, directory)
+        _take(descriptor, directory, orphans_leave_s)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(ProcessIdentity.current()).encode(), 0)
         yield descriptor
@@ -55,12 +56,12 @@ def is_locked(directory: Path) -> bool:
         os.close(descriptor)
 
 
-def _take(descriptor: int, directory: Path) -> None:
+def _take(descriptor: int, directory: Path, orphans_leave_s: float) -> None:
     give_up_at: float | None = None
     while not _flock(descriptor, fcntl.LOCK_EX):
         owner = ProcessIdentity.parse(os.pread(descriptor, 100, 0).decode("ascii", "replace"))
         if give_up_at is None:
-            give_up_at = time.monotonic() + ORPHANS_LEAVE_S
+            give_up_at = time.monotonic() + orphans_leave_s
             _LOG.info("%s is held; its owner: %s", directory, owner)
         if (owner is not None and not owner.is_dead()) or time.monotonic() >= give_up_at:
             raise ConfigError(f"{directory} is in use by another process; wait for it, stop it, or choose another one")

@@ -56,6 +56,8 @@ class ServiceTimes:
     ``client_ttl_s``: how long after its last sign of life an owner counts as dead, and its objects as gone.
     ``lease_s``: no get may take longer; the lease protects nothing here, since removals do not wait for it.
     ``put_discard_s``, ``put_release_s``: after how long a put that was not finished is given up, and its memory free.
+    Memory must not be free while a writer that was held up may still send into it: ``put_release_s`` is longer than the
+    library's own patience with a transfer, about 30 s. The tests' shorter times are for writers that die.
     """
 
     client_ttl_s: int = 5

@@ -83,12 +83,14 @@ def with_retention(config: RunConfig, store: FeatureStore, resources: contextlib
     return retaining
 
 
-def start_service(config: RunConfig, plan: Plan, resources: contextlib.ExitStack) -> RunConfig:
+def start_service(
+    config: RunConfig, plan: Plan, resources: contextlib.ExitStack, on_given_up: Callable[[str], None]
+) -> RunConfig:
     """``config`` with the addresses of the run's Mooncake Store, started until ``resources`` close if it is managed."""
     options = config.data_plane.mooncake
     if config.data_plane.store.kind != "mooncake" or not options.managed:
         return config
-    service = MooncakeService(options, plan.store_capacity_bytes or 0, config.run_dir, _log_given_up)
+    service = MooncakeService(options, plan.store_capacity_bytes or 0, config.run_dir, on_given_up)
     resources.callback(service.stop)
     addresses = service.start()
     found = options.model_copy(update={"master": addresses.master, "admin": addresses.admin})
@@ -196,11 +198,6 @@ def _shared_dir(config: RunConfig) -> SharedDirFeatureStore:
     store = config.data_plane.store
     fsync = isinstance(store, SharedDirStore) and store.fsync
     return SharedDirFeatureStore(shared_dir(config), str(config.data_plane.namespace), fsync=fsync)
-
-
-def _log_given_up(reason: str) -> None:
-    # The stores of the run notice too, and say what they waited for.
-    _LOG.error("%s", reason)
 
 
 def _mooncake(config: RunConfig) -> MooncakeFeatureStore:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -8,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from specforge.contracts.capture import CaptureSpec
-from specforge.data_plane import offline_writer
 from specforge.data_plane.offline import (
     FailedSample,
     FeatureSet,
@@ -158,6 +158,7 @@ def test_a_file_that_is_gone_or_cut_and_a_sample_that_failed_are_captured_again(
     os.truncate(directory / sample_path(NAMES[1]), 200)
     writer = opened(directory)
     assert writer.missing() == [NAMES[0], NAMES[1], NAMES[5]]
+    add(writer, writer.missing()[:1])
     with pytest.raises(DataError, match="did not finish"):
         FeatureSet(directory)
     add(writer, writer.missing())
@@ -180,14 +181,30 @@ def test_a_sample_that_fails_now_leaves_no_file_of_an_earlier_attempt(tmp_path):
     assert content(directory) == content(write(tmp_path / "other", failed=[NAMES[0]]))
 
 
-def test_temporary_files_of_dead_writers_are_removed(tmp_path, monkeypatch):
+def test_temporary_files_of_earlier_writers_are_removed(tmp_path):
     directory = write(tmp_path / "set")
     folder = next((directory / "features").iterdir())
-    (folder / ".dead.1.tmp").touch()
-    (folder / ".alive.1.tmp").touch()
-    monkeypatch.setattr(offline_writer, "is_leftover", lambda name: name.startswith(".dead"))
+    (folder / ".of-another-boot.1.tmp").touch()
     opened(directory).close()
-    assert [path.name for path in folder.glob(".*")] == [".alive.1.tmp"]
+    assert list(folder.glob(".*")) == []
+
+
+def test_a_complete_set_with_a_failure_stays_complete_until_something_is_added(tmp_path):
+    directory = write(tmp_path / "set", failed=[NAMES[0]])
+    before = content(directory)
+    opened(directory).close()
+    assert content(directory) == before
+
+
+def test_a_capture_that_ended_before_its_manifest_goes_on(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureSetWriter, "_write", full)
+        with pytest.raises(OSError, match="No space"):
+            opened(tmp_path / "set")
+    assert content(write(tmp_path / "set")) == content(write(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(

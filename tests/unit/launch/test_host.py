@@ -206,6 +206,14 @@ def test_workers_of_an_earlier_run_are_not_taken_for_those_of_a_trainer_that_nev
     assert [start["workers"] for start in run.told("train", "start")] == [[], []]
 
 
+def test_a_service_that_is_given_up_fails_the_run_with_its_reason(stage):
+    run = stage(NEVER, train=[["serving", "wait"]], capture_0=[["wait"]])
+    run.executor.fail("the store is gone for good")
+    run.executor.fail("a consequence")
+    with pytest.raises(RunFailed, match="the store is gone for good"):
+        run.run()
+
+
 def test_a_signal_during_the_wait_before_a_restart_ends_the_run_in_order(stage):
     run = stage(NEVER, train=[["serving", "wait"]], capture_0=[["kill"]])
     observe = run.observe
