@@ -302,6 +302,7 @@ def measure_size(names: Sequence[str], num_bytes: int, repeats: int) -> dict[str
                             rig.run(index, num_readers, how)
                             if index >= WARM_UP:
                                 baseline["memcpy"].append(copied - started)
+                                rig.times[f"memcpy_{num_readers}"].append(copied - started)
                 started = time.perf_counter()
                 connection.sendall(payload)
                 connection.recv(1)
@@ -316,9 +317,13 @@ def figures_of(label: str, num_bytes: int, times: dict[str, Times]) -> dict[str,
     figures = {f"{what}_us_{label}": seconds * 1e6 for what, seconds in base.items()}
     figures |= {f"{what}_gb_per_s_{label}": num_bytes / seconds / 1e9 for what, seconds in base.items()}
     for name, of in medians.items():
-        figures[f"{name}_put_over_memcpy_{label}"] = base["memcpy"] / of["put_1"]
+        # Each put beside the memcpy right before it.
+        pairs = zip(times[name]["memcpy_1"], times[name]["put_1"], strict=True)
+        figures[f"{name}_put_over_memcpy_{label}"] = statistics.median(copied / put for copied, put in pairs)
         figures[f"{name}_put_over_tcp_{label}"] = base["tcp"] / of["put_1"]
         for what, seconds in of.items():
+            if what.startswith("memcpy"):
+                continue
             kind, _, num_readers = what.partition("_")
             end = f"{label}_4_readers" if num_readers == "4" else label
             if kind == "read":
