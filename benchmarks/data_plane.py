@@ -9,8 +9,8 @@
   two processes, until the receiver has said that it has all.
 * small samples: lives a second of 64 kB samples in batches of 32, writer process to reader process, sustained.
 * Mooncake: our put and get beside the library's own ``batch_put_from`` and ``batch_get_into`` from the same registered
-  buffer, over TCP to the process that owns the memory; and a sample of four tensors of 4 kB in one batched object
-  beside one object a tensor in single calls.
+  buffer, over TCP to the process that owns the memory; and a sample of four tensors (4 kB, 64 kB, 1 MB) in one
+  batched object beside one object a tensor in single calls.
 
 Everything takes turns, so that a drift of the machine hits all of it; medians, after a warm-up that touched every page.
 1 MB is 2**20 bytes here, GB/s are 1e9 bytes. A size whose arena does not fit into memory is left out, and said so.
@@ -60,7 +60,8 @@ NUM_READERS = (1, 4)
 WARM_UP = 3
 SMALL_BATCH = 32
 BATCHES_AHEAD = 8
-TENSORS_A_SAMPLE, TENSOR_BYTES = 4, 4 * KB
+TENSORS_A_SAMPLE = 4
+TENSOR_SIZES = {"4kb": 4 * KB, "64kb": 64 * KB, "1mb": MB}
 
 Times = dict[str, list[float]]
 """Seconds of every repetition, by what was measured."""
@@ -383,10 +384,12 @@ def measure_mooncake(repeats: int) -> dict[str, float]:
             for label, num_bytes in SIZES.items():
                 if num_bytes <= 16 * MB:
                     figures |= beside_library(store, label, num_bytes, repeats)
-            figures |= beside_single_calls(store, 4 * repeats)
+            for label, num_bytes in TENSOR_SIZES.items():
+                figures |= beside_single_calls(store, label, num_bytes, repeats)
         finally:
             store.close()
     figures["mooncake_over_library"] = figures["mooncake_over_library_16mb"]
+    figures["mooncake_per_tensor_over_ours_us"] = figures["mooncake_per_tensor_over_ours_us_4x4kb"]
     return figures
 
 
@@ -432,34 +435,35 @@ def beside_library(store: MooncakeFeatureStore, label: str, num_bytes: int, repe
     }
 
 
-def beside_single_calls(store: MooncakeFeatureStore, repeats: int) -> dict[str, float]:
-    """Microseconds a sample of four tensors: our batch of 32, and one object a tensor in single calls."""
-    tensors = {f"t{number}": tensor_of(TENSOR_BYTES) for number in range(TENSORS_A_SAMPLE)}
+def beside_single_calls(store: MooncakeFeatureStore, label: str, num_bytes: int, repeats: int) -> dict[str, float]:
+    """Microseconds a sample of four tensors of ``num_bytes``: ours in batches; one object a tensor in single calls."""
+    tensors = {f"t{number}": tensor_of(num_bytes) for number in range(TENSORS_A_SAMPLE)}
+    batch = min(SMALL_BATCH, 32 * MB // (TENSORS_A_SAMPLE * num_bytes))
     client, pool, replication = store._connection._client, store._pool, store._connection._replication
     ours, single = [], []
     for index in range(WARM_UP + repeats):
-        pairs = [(f"four-{index}-{at}", 1) for at in range(SMALL_BATCH)]
+        pairs = [(f"four-{label}-{index}-{at}", 1) for at in range(batch)]
         started = time.perf_counter()
         stored = store.put([PutRequest(*pair, tensors) for pair in pairs])
         refs = [make_ref(*pair, one) for pair, one in zip(pairs, stored, strict=True)]
         store.release([handle for _, handle in store.get(refs)])
-        ours.append((time.perf_counter() - started) / SMALL_BATCH)
+        ours.append((time.perf_counter() - started) / batch)
         store.abort(pairs)
-        [slot] = pool.take([TENSOR_BYTES])
-        keys, address = [f"four-{index}-{name}" for name in tensors], pool.address + slot.offset
+        [slot] = pool.take([num_bytes])
+        keys, address = [f"four-{label}-{index}-{name}" for name in tensors], pool.address + slot.offset
         started = time.perf_counter()
         for key in keys:
-            assert client.put_from(key, address, TENSOR_BYTES, replication) == 0
+            assert client.put_from(key, address, num_bytes, replication) == 0
         for key in keys:
-            assert client.get_into(key, address, TENSOR_BYTES) == TENSOR_BYTES
+            assert client.get_into(key, address, num_bytes) == num_bytes
         single.append(time.perf_counter() - started)
         client.batch_remove(keys, True)
         pool.give_back([slot])
     our_s, single_s = statistics.median(ours[WARM_UP:]), statistics.median(single[WARM_UP:])
     return {
-        "mooncake_our_sample_us": our_s * 1e6,
-        "mooncake_per_tensor_sample_us": single_s * 1e6,
-        "mooncake_per_tensor_over_ours_us": single_s / our_s,
+        f"mooncake_our_sample_us_4x{label}": our_s * 1e6,
+        f"mooncake_per_tensor_sample_us_4x{label}": single_s * 1e6,
+        f"mooncake_per_tensor_over_ours_us_4x{label}": single_s / our_s,
     }
 
 
