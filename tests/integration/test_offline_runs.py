@@ -74,6 +74,7 @@ def test_an_offline_run_never_loads_the_target(tmp_path, tiny_target_dir, captur
     assert build_offline_runtime(config).run().draft_weights_sha256 == online
 
 
+@pytest.mark.full
 def test_a_run_that_began_with_a_live_target_goes_on_over_its_features(tmp_path, tiny_target_dir, captured, online):
     run_yaml = runs.write_run(tmp_path, tiny_target_dir)
     command = runs.specforge(tmp_path / "first", "train", "-c", str(run_yaml), "--json")
@@ -86,6 +87,7 @@ def test_a_run_that_began_with_a_live_target_goes_on_over_its_features(tmp_path,
     assert resumed["draft_weights_sha256"] == online
 
 
+@pytest.mark.full
 def test_a_process_that_reads_features_may_be_killed(tmp_path, tiny_target_dir, captured, online):
     run_yaml = offline(runs.write_run(tmp_path, tiny_target_dir), captured, topology="disaggregated")
     command = runs.specforge(tmp_path, "train", "-c", str(run_yaml), "--json")

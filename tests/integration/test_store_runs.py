@@ -38,7 +38,9 @@ def undisturbed(tmp_path_factory, tiny_target_dir) -> str:
     return result["draft_weights_sha256"]
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize(
+    "store", [pytest.param(name, marks=pytest.mark.full) if "one process" in name else name for name in STORES]
+)
 def test_every_store_gives_the_same_weights(tmp_path, tiny_target_dir, undisturbed, store):
     result = train(tmp_path, tiny_target_dir, **STORES[store])
     assert result["draft_weights_sha256"] == undisturbed
@@ -47,8 +49,16 @@ def test_every_store_gives_the_same_weights(tmp_path, tiny_target_dir, undisturb
     assert result["ledger"]["num_commits"] == 24
 
 
-@pytest.mark.parametrize("kept", [FILES_ONLY, A_THIRD, NOTHING], ids=["files", "a third", "nothing"])
-@pytest.mark.parametrize("release", ["at_step", "at_checkpoint"])
+@pytest.mark.parametrize(
+    ("release", "kept"),
+    [
+        pytest.param("at_step", A_THIRD, id="at_step, a third"),
+        pytest.param("at_checkpoint", FILES_ONLY, id="at_checkpoint, files"),
+        pytest.param("at_checkpoint", A_THIRD, id="at_checkpoint, a third", marks=pytest.mark.full),
+        pytest.param("at_step", FILES_ONLY, id="at_step, files", marks=pytest.mark.full),
+        pytest.param("at_checkpoint", NOTHING, id="at_checkpoint, nothing", marks=pytest.mark.full),
+    ],
+)
 def test_what_is_kept_for_later_epochs_does_not_change_the_weights(
     tmp_path, tiny_target_dir, undisturbed, kept, release
 ):
@@ -75,11 +85,16 @@ def test_a_killed_run_takes_up_what_was_kept_in_files(tmp_path, tiny_target_dir,
 @pytest.mark.parametrize(
     "options",
     [
-        FILES_ONLY,
-        {"data_plane__store": {"kind": "shared_dir"}, "control_plane__release": "at_checkpoint"},
-        {"data_plane__store": {"kind": "shared_memory"}, "control_plane__release": "at_checkpoint"},
+        pytest.param(FILES_ONLY, id="kept in files"),
+        *(
+            pytest.param(
+                {"data_plane__store": {"kind": kind}, "control_plane__release": "at_checkpoint"},
+                id=kind,
+                marks=pytest.mark.full,
+            )
+            for kind in ("shared_dir", "shared_memory")
+        ),
     ],
-    ids=["kept in files", "shared_dir", "shared_memory"],
 )
 def test_a_killed_run_in_one_process_resumes_beside_features_that_outlived_it(
     tmp_path, tiny_target_dir, undisturbed, options
@@ -97,6 +112,7 @@ def test_a_killed_run_in_one_process_resumes_beside_features_that_outlived_it(
     assert not (tmp_path / "run" / "features").exists()
 
 
+@pytest.mark.full
 def test_a_resumed_run_may_keep_and_store_features_elsewhere(tmp_path, tiny_target_dir, undisturbed):
     shared = tmp_path / "shared"
     store = {"kind": "shared_dir", "path": str(shared)}
@@ -120,8 +136,15 @@ def test_a_resumed_run_may_keep_and_store_features_elsewhere(tmp_path, tiny_targ
     assert leftovers(run_yaml) == []
 
 
-@pytest.mark.parametrize("victim", ["mooncake_master", "mooncake_client"])
-@pytest.mark.parametrize("store", ["mooncake", "mooncake in one process"])
+@pytest.mark.parametrize(
+    ("store", "victim"),
+    [
+        ("mooncake", "mooncake_master"),
+        pytest.param("mooncake", "mooncake_client", marks=pytest.mark.full),
+        pytest.param("mooncake in one process", "mooncake_master", marks=pytest.mark.full),
+        pytest.param("mooncake in one process", "mooncake_client", marks=pytest.mark.full),
+    ],
+)
 def test_a_run_goes_on_when_mooncake_loses_everything(tmp_path, tiny_target_dir, undisturbed, store, victim):
     run_yaml = runs.write_run(tmp_path, tiny_target_dir, **STORES[store], **NOTHING, training__checkpoint_every=1)
     command = runs.specforge(tmp_path, "train", "-c", str(run_yaml), "--json")
