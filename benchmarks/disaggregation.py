@@ -189,9 +189,9 @@ def uncoupled(directory: Path, seconds: float) -> dict[str, float]:
         process.start()
     try:
         _wait(lambda: all(count.value >= STEADY_STEPS * BATCH for count in counts.values()), "both halves run")
-        rates = {name: (seconds, _Rate(count)) for name, count in counts.items()}
+        rates = {name: _Rate(count) for name, count in counts.items()}
         time.sleep(seconds)
-        return {name: rate.per_second() for name, (_, rate) in rates.items()}
+        return {name: rate.per_second() for name, rate in rates.items()}
     finally:
         stop.set()
         for process in processes:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from children import child_process
 
 from specforge.config.launch import RestartOptions
 from specforge.contracts.codec import dumps, loads
@@ -60,21 +60,9 @@ def write(pipe, settings):
         pipe.send([dumps(make_ref(name, 1, item)) for name, item in zip(names, stored, strict=True)])
 
 
-@contextlib.contextmanager
 def writer_process(service):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["specforge.testing.mooncake", __name__])
-    ours, theirs = context.Pipe()
     settings = settings_of(service, "run", buffer_bytes=5 * LARGE)
-    child = context.Process(target=write, args=(theirs, settings))
-    child.start()
-    theirs.close()
-    try:
-        yield child, ours
-    finally:
-        child.kill()
-        child.join()
-        ours.close()
+    return child_process(write, settings, preload=["specforge.testing.mooncake", __name__])
 
 
 def put_samples(pipe):

@@ -2,7 +2,6 @@
 
 import contextlib
 import mmap
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import child_process
 
 from specforge.contracts.codec import dumps, loads
 from specforge.contracts.refs import SampleRef
@@ -170,21 +170,8 @@ def create(directory):
     return lambda: SharedMemoryFeatureStore.create(RUN, CAPACITY, directory=directory)
 
 
-@contextlib.contextmanager
 def process(target, directory):
-    # Children are forked from a server that has imported everything and runs no thread.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["specforge.data_plane.shared_memory", __name__])
-    ours, theirs = context.Pipe()
-    child = context.Process(target=target, args=(theirs, directory))
-    child.start()
-    theirs.close()
-    try:
-        yield child, ours
-    finally:
-        child.kill()
-        child.join()
-        ours.close()
+    return child_process(target, directory, preload=["specforge.data_plane.shared_memory", __name__])
 
 
 @contextlib.contextmanager

@@ -364,15 +364,7 @@ def _train_side(
     loader = FeatureDataLoader(refs, store, loader_settings(inputs, position))
     batches: Iterator[StepBatches[Tensor]] = loader
     if engine is None and config.data_plane.prefetch_steps:
-        prefetch = PrefetchIterator(
-            loader,
-            config.data_plane.prefetch_steps,
-            unblock=controller.finish,
-            size=step_bytes,
-            max_bytes=config.data_plane.prefetch_bytes,
-        )
-        resources.callback(prefetch.close)
-        batches = prefetch
+        batches = prefetched(config, loader, controller.finish, resources)
     endpoint = None
     if served is not None:
         server = ControlPlaneServer(controller, served.token, control.host, control.port, listener=served.listener)
@@ -385,6 +377,18 @@ def _train_side(
         resources.pop_all(),
         endpoint,
     )
+
+
+def prefetched(
+    config: RunConfig, loader: FeatureDataLoader, unblock: Callable[[], None], resources: contextlib.ExitStack
+) -> PrefetchIterator[StepBatches[Tensor]]:
+    """The steps of ``loader``, prepared ahead in a thread until ``resources`` close."""
+    options = config.data_plane
+    prefetch = PrefetchIterator(
+        loader, options.prefetch_steps, unblock, size=step_bytes, max_bytes=options.prefetch_bytes
+    )
+    resources.callback(prefetch.close)
+    return prefetch
 
 
 def make_controller(inputs: RunInputs, writer: RefWriter, store: RetainingFeatureStore) -> DataFlowController:
