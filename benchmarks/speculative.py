@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge.algorithms.base import Proposal, Proposer
+from specforge.algorithms.base import DraftRequest, Proposal, Proposer
 from specforge.algorithms.eagle3.algorithm import Eagle3
 from specforge.algorithms.eagle3.config import Eagle3Options
 from specforge.contracts.capture import CaptureSpec
@@ -51,9 +51,9 @@ class OracleProposer(Proposer):
         self._draft.reset()
         self.seconds = []
 
-    def propose(self, tokens: list[int], features: Mapping[str, Tensor], num_proposals: int) -> Proposal:
-        self.seconds.append(seconds_of(lambda: self._draft.propose(tokens, features, num_proposals)))
-        return Proposal(tuple(self._output[len(tokens) : len(tokens) + num_proposals]))
+    def propose(self, tokens: list[int], features: Mapping[str, Tensor], request: DraftRequest) -> Proposal:
+        self.seconds.append(seconds_of(lambda: self._draft.propose(tokens, features, request)))
+        return Proposal(tuple(self._output[len(tokens) : len(tokens) + request.num_proposals]))
 
 
 def seconds_of(action: Callable[[], object]) -> float:
@@ -78,8 +78,9 @@ def measure() -> dict[str, float]:
     engine = HFTargetEngine(PACKAGED_TARGET)
     engine.info = replace(engine.info, eos_token_ids=())
     algorithm = Eagle3(Eagle3Options())
-    spec: CaptureSpec = algorithm.capture_spec(engine.info, "float32")
-    draft = algorithm.build_draft(algorithm.draft_config(engine.info), engine.tables, seed=0).eval()
+    config = algorithm.draft_config(engine.info)
+    spec: CaptureSpec = algorithm.capture_spec(config, "float32")
+    draft = algorithm.build_draft(config, engine.tables, seed=0).eval()
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(1, engine.info.vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()
     output = [*prompt, *engine.generate([prompt], NEW_TOKENS)[0].token_ids]

@@ -1,4 +1,7 @@
-"""``python small_demo.py OUT TOPOLOGY [--resume]``: all phases of the demo at a size for tests. Prints the report."""
+"""All phases of the demo at a size for tests. Prints the report.
+
+``python small_demo.py OUT TOPOLOGY [--resume] [ALGORITHM]``
+"""
 
 import json
 import sys
@@ -21,5 +24,6 @@ RECIPE = DemoRecipe(
 
 if __name__ == "__main__":
     out, topology = Path(sys.argv[1]), sys.argv[2]
-    report = run_demo(DemoOptions(out, topology=topology, resume="--resume" in sys.argv), RECIPE)
+    algorithm = next((argument for argument in sys.argv[3:] if argument != "--resume"), None)
+    report = run_demo(DemoOptions(out, topology=topology, algorithm=algorithm, resume="--resume" in sys.argv), RECIPE)
     print(json.dumps(report))

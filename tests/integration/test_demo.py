@@ -7,6 +7,8 @@ import psutil
 import pytest
 import runs
 
+from specforge.algorithms.catalog import ALGORITHMS
+
 SMALL_DEMO = str(Path(__file__).parent / "small_demo.py")
 
 REPORT_KEYS = {
@@ -77,6 +79,18 @@ def test_a_demo_killed_in_any_phase_ends_with_the_same_weights(tmp_path, undistu
     report = command.succeed()
     assert report["draft_weights_sha256"] == undisturbed["draft_weights_sha256"]
     assert report["num_samples_trained"] == 48
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "eagle3"])
+def test_every_algorithm_has_a_demo(tmp_path, undisturbed, algorithm):
+    report = small_demo(tmp_path, tmp_path / "demo", "disaggregated", algorithm).succeed()
+    assert report.keys() == undisturbed.keys()
+    assert report["algorithm"] == algorithm
+    assert report["lossless"] is True
+    assert (report["num_steps"], report["num_samples_trained"]) == (12, 48)
+    assert report["export"]["format"] == ("hf" if algorithm in {"mtp", "medusa"} else "sglang")
+    assert report["export"]["reload_difference_to_rounded"] == 0.0
 
 
 @pytest.mark.full

@@ -1,7 +1,8 @@
 """The contract between a draft algorithm and everything that drives it (trainer, decoder, export).
 
-Legend: T tokens of a packed micro-batch, H hidden size of the draft, V target vocabulary, W draft vocabulary,
-K number of positions that a draft proposes in training (TTT steps, block slots, heads).
+Legend: T tokens of a packed micro-batch, H hidden size of the draft, Ht of the target, V target vocabulary, W draft
+vocabulary, K number of positions that a draft proposes in training (TTT steps, depths, block slots, heads), l proposals
+of a round.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from specforge.algorithms.draft_config import DraftConfig
 from specforge.contracts.batches import TrainBatch
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 
@@ -23,7 +26,8 @@ class TargetTables:
     """The frozen parts of a target that a draft shares: embedding [V, Ht] and output head [V, Ht].
 
     ``logit_softcap`` and ``logit_scale`` repeat what the target does after its head, so that teacher logits are
-    ``target_logits(tables, last)``. ``lm_head_bias`` [V] is ``None`` for almost every target.
+    ``target_logits(tables, last)``. ``lm_head_bias`` [V] is ``None`` for almost every target. ``directory`` is where
+    the target's other weights can be read, for a draft that starts from some of them.
     """
 
     embed_tokens: Tensor
@@ -31,15 +35,36 @@ class TargetTables:
     logit_softcap: float | None = None
     logit_scale: float = 1.0
     lm_head_bias: Tensor | None = None
+    directory: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """Where training is: completed optimizer steps, the horizon, and the seed of keyed randomness."""
+    """Where training is: completed optimizer steps, the horizon, and the seed of keyed randomness.
+
+    ``exhaustive``: every position is supervised and nothing is drawn, as an evaluation wants it.
+    """
 
     global_step: int
     total_steps: int
     seed: int
+    exhaustive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The rounds of drafting that the supervised rows of a batch stand for.
+
+    * ``anchors`` int64 [R]: packed index of the last committed token of each
+    * ``lengths`` int64 [R]: the leading run of correct positions, up to the last supervised one
+    """
+
+    anchors: Tensor
+    lengths: Tensor
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Sum over the rows of 1 + their runs, and their number."""
+        return (1 + self.lengths).sum(), torch.tensor(self.lengths.numel(), device=self.lengths.device)
 
 
 @dataclass(slots=True)
@@ -48,41 +73,87 @@ class StepOutput:
 
     * ``loss_sum`` scalar: weighted sum over supervised positions, *not* divided
     * ``correct``, ``count`` [K]: per-position acceptance of the draft's greedy proposal
-    * ``run_length`` (sum, count): over supervised rows, 1 + the leading run of correct positions
+    * ``runs``: of every supervised row, the leading run of correct positions
     * ``metrics``: name -> (sum, count), scalars
     """
 
     loss_sum: Tensor
     correct: Tensor
     count: Tensor
-    run_length: tuple[Tensor, Tensor]
+    runs: Runs
     metrics: dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn from logits: softmax at ``temperature`` (> 0) over the ``top_k`` largest logits, of them the
+    smallest set with probability ``top_p``. ``generator`` is on the CPU; draws are made there.
+    """
+
+    temperature: float
+    generator: torch.Generator
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TreeShape:
+    """A tree of drafted tokens: ``top_k`` children a node and nodes a level, ``depth`` levels below the first,
+    ``num_nodes`` nodes in all, the root (the last committed token) included (EAGLE-2, arXiv 2406.16858).
+    """
+
+    top_k: int
+    depth: int
+    num_nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """What a round asks for: at most ``num_proposals`` tokens in a chain, or a ``tree``.
+
+    ``sampling`` ``None`` is greedy. A tree is made without drawing, whatever the sampling is.
+    """
+
+    num_proposals: int
+    sampling: Sampling | None = None
+    tree: TreeShape | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Proposal:
-    """Proposed tokens (target ids) of one round, in order. May be empty."""
+    """Proposed tokens (target ids) of one round. May be empty.
+
+    * a chain: ``tokens`` in order; ``probabilities`` fp32 [l, V] are the distributions that they were drawn from,
+      exactly (zeros outside a pruned vocabulary), ``None`` for tokens that were not drawn (point masses)
+    * a tree: ``parents`` [l] is the index in ``tokens`` of each one's parent, -1 for a child of the last committed
+      token; a parent comes before its children, and no two children of a node are equal
+    """
 
     tokens: tuple[int, ...]
+    probabilities: Tensor | None = None
+    parents: tuple[int, ...] | None = None
 
 
 class Proposer(ABC):
-    """Chain drafting for one sequence. Keeps its own cache; the decoder owns the target's.
+    """Drafting for one sequence. Keeps its own cache; the decoder owns the target's.
 
     At every call the committed tokens are x_0..x_n, where x_n was emitted but not yet processed by the target, and
-    features exist for positions 0..n-1.
+    features exist for positions 0..n-1. How many tokens a round proposes depends on earlier tokens alone.
     """
+
+    drafts_trees: ClassVar[bool] = False
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget the sequence."""
+        """Forget the sequence, and read the draft's weights again."""
 
     @abstractmethod
-    def propose(self, tokens: list[int], features: Mapping[str, Tensor], num_proposals: int) -> Proposal:
+    def propose(self, tokens: list[int], features: Mapping[str, Tensor], request: DraftRequest) -> Proposal:
         """Continue ``tokens`` (all committed ids x_0..x_n).
 
         ``features`` hold only the positions that are new since the last call (all of 0..n-1 at the first), each
-        [new positions, D]. Everything speculative of the last call is dropped first.
+        [new positions, D]. Everything speculative of the last call is dropped first. A request for a tree is only made
+        where ``drafts_trees`` is true.
         """
 
 
@@ -98,14 +169,22 @@ class Algorithm(ABC):
     """One way to train and use a draft. Stateless: everything that learns is in the draft."""
 
     name: ClassVar[str]
+    config_type: ClassVar[type[DraftConfig]]
 
     @abstractmethod
-    def capture_spec(self, target: TargetInfo, dtype: str) -> CaptureSpec:
-        """What to capture from ``target``; a shallow target for which the default ids collide is a ConfigError."""
+    def __init__(self, options: Any) -> None:
+        """``options``: the algorithm's own record, as the catalog names it."""
 
     @abstractmethod
     def draft_config(self, target: TargetInfo) -> Any:
-        """The draft's architecture for ``target``: a frozen dataclass with ``to_dict`` / ``from_dict``."""
+        """The draft's architecture for ``target``, a ``config_type``.
+
+        A shallow target for which the default layer ids collide is a :class:`ConfigError`.
+        """
+
+    @abstractmethod
+    def capture_spec(self, config: Any, dtype: str) -> CaptureSpec:
+        """What a draft of this ``config`` (and its training) needs captured of the target."""
 
     @abstractmethod
     def build_draft(self, config: Any, tables: TargetTables, seed: int, kept_ids: Tensor | None = None) -> DraftModel:
@@ -115,8 +194,10 @@ class Algorithm(ABC):
         """
 
     @abstractmethod
-    def num_supervised(self, batch: TrainBatch[Tensor]) -> int:
-        """Number of supervised positions, from masks alone: known before any forward."""
+    def supervised_weight(self, batch: TrainBatch[Tensor], context: StepContext) -> float:
+        """What the loss is divided by, this batch's part of it: the number of supervised positions, or the sum of their
+        weights where the loss is a weighted mean. From masks and keyed draws alone: known before any forward.
+        """
 
     @abstractmethod
     def forward_loss(
@@ -127,6 +208,14 @@ class Algorithm(ABC):
     @abstractmethod
     def proposer(self, draft: DraftModel, tables: TargetTables) -> Proposer:
         """The inference side of the same draft."""
+
+
+def zero_output(draft: DraftModel, num_positions: int, metrics: tuple[str, ...] = ()) -> StepOutput:
+    """What an empty batch contributes: zeros that reach every trainable parameter, whatever their values are."""
+    loss = torch.stack([p.flatten()[:0].sum() for p in draft.parameters() if p.requires_grad]).sum().float()
+    none = torch.zeros(num_positions, dtype=torch.int64, device=loss.device)
+    zero = none.new_zeros(())
+    return StepOutput(loss, none, none.clone(), Runs(none[:0], none[:0]), dict.fromkeys(metrics, (zero, zero)))
 
 
 def target_logits(tables: TargetTables, last: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from specforge.algorithms.catalog import ALGORITHMS, algorithm_names
 from specforge.cli.output import AsJson, print_json
 
 
@@ -27,7 +28,10 @@ def demo(
         str | None,
         typer.Option("--topology", help="colocated (one process) or disaggregated (two).  [default: colocated]"),
     ] = None,
-    algorithm: Annotated[str | None, typer.Option("--algorithm", help="Draft algorithm.  [default: eagle3]")] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option("--algorithm", help=f"Draft algorithm: {', '.join(ALGORITHMS)}.  [default: eagle3]"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the demo in --out.")] = False,
     train_target: Annotated[
         bool | None, typer.Option("--train-target", help="Train the target too, instead of the one shipped.")
@@ -37,7 +41,7 @@ def demo(
     """Train, measure and export a real draft on this machine: one command, a few minutes, no network."""
     for option, value, choices in (
         ("--topology", topology, ("colocated", "disaggregated")),
-        ("--algorithm", algorithm, ("eagle3",)),
+        ("--algorithm", algorithm, algorithm_names()),
     ):
         if value is not None and value not in choices:
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}", param_hint=option)

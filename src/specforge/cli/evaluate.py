@@ -10,6 +10,7 @@ import typer
 from specforge.cli.options import existing_file
 from specforge.cli.output import AsJson, named, print_json, print_table
 from specforge.config.load import section_from
+from specforge.errors import UserError
 from specforge.evaluation.config import EvaluationConfig
 from specforge.inference.config import TargetConfig
 
@@ -60,20 +61,44 @@ def evaluate(
     num_proposals: Annotated[
         int, typer.Option("--num-proposals", min=1, help="Tokens that the draft proposes in a round.")
     ] = 5,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="Sample at this temperature; 0: greedy, checked lossless.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Sample among so many of the most likely tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0, max=1, help="Sample from the smallest set with this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
+    tree: Annotated[
+        str | None,
+        typer.Option(
+            "--tree",
+            metavar="TOP_K,DEPTH,NODES",
+            help="Draft trees: children of a node, levels below the first, nodes with the root; for example 8,5,63.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure a draft by real speculative decoding, and check that the output is the target's own."""
+    """Measure a draft by real speculative decoding, and check that greedy output is the target's own."""
     target_config = section_from(
         TargetConfig, "target", {"path": str(target), "dtype": "float32", "device": device}, Path.cwd()
     )
-    options = EvaluationConfig(
-        prompts=existing_file(prompts, "--prompts"),
-        num_prompts=num_prompts,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        num_proposals=num_proposals,
-    )
+    values = {
+        "prompts": str(existing_file(prompts, "--prompts")),
+        "num_prompts": num_prompts,
+        "prompt_tokens": prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "num_proposals": num_proposals,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "tree": None if tree is None else tree_shape(tree),
+    }
+    options = section_from(EvaluationConfig, "evaluation", values, Path.cwd())
     from specforge.launch.evaluate import evaluate_draft
 
     report = evaluate_draft(target_config, draft, options)
@@ -81,3 +106,12 @@ def evaluate(
         print_json(report)
     else:
         print_table("Evaluation", named(report, NAMES))
+
+
+def tree_shape(text: str) -> dict[str, int]:
+    """``"8,5,63"`` as the keys of :class:`~specforge.evaluation.config.TreeConfig`."""
+    numbers = text.split(",")
+    if len(numbers) != 3 or not all(number.strip().isdecimal() for number in numbers):
+        raise UserError(f"--tree takes three whole numbers, TOP_K,DEPTH,NODES (for example 8,5,63), got {text!r}")
+    top_k, depth, num_nodes = map(int, numbers)
+    return {"top_k": top_k, "depth": depth, "num_nodes": num_nodes}

@@ -9,10 +9,12 @@ import typer
 
 from specforge.cli.output import AsJson, named, print_json, print_table
 
-FORMATS = ("sglang",)
+FORMATS = ("sglang", "hf")
+DTYPES = ("bfloat16", "float16", "float32")
 NAMES = {
     "path": "directory",
     "format": "format",
+    "algorithm": "algorithm",
     "dtype": "weights as",
     "num_tensors": "tensors",
     "num_bytes": "size",
@@ -35,15 +37,28 @@ def export(
     out: Annotated[
         Path, typer.Option("--out", help="Directory to write: new, empty, or an earlier export, which is replaced.")
     ],
-    to: Annotated[str, typer.Option("--to", help=f"Serving format: {', '.join(FORMATS)}.")] = "sglang",
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="sglang: what SGLang loads; hf: the plain weights and the whole draft config, for every algorithm.",
+        ),
+    ] = "sglang",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", help=f"Weights as {', '.join(DTYPES)}.  [default: bfloat16 for sglang, float32 for hf]"
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a draft in the format that a serving engine loads, and check what was written."""
-    if to not in FORMATS:
-        raise typer.BadParameter(f"{to!r} is not one of {', '.join(FORMATS)}", param_hint="--to")
+    for option, value, choices in (("--to", to, FORMATS), ("--dtype", dtype, DTYPES)):
+        if value is not None and value not in choices:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}", param_hint=option)
     from specforge.launch.export import export_draft
 
-    written = export_draft(checkpoint, to, out)
+    written = export_draft(checkpoint, to, out, dtype)
     if as_json:
         print_json(written)
     else:

@@ -123,7 +123,8 @@ def _chosen(field: FieldInfo, options: list[type[BaseModel]], value: dict[Any, A
         owners = [name for name, option in variants.items() if key in option.model_fields]
         if owners and choice not in owners:
             raise ConfigError(
-                f"{path}.{key} belongs to {path}.{tag}: {owners[0]}, but {tag} is {choice}; set {tag}, or remove {key}"
+                f"{path}.{key} belongs to {path}.{tag}: {' or '.join(owners)}, but {tag} is {choice}; "
+                f"set {tag}, or remove {key}"
             )
     return variants[choice]
 
@@ -154,6 +155,8 @@ def _sentence(error: ValidationError, model: type[BaseModel], section: str) -> s
     if not problem["loc"]:
         return message
     got = f"got {_shown(problem['input'])}; it is: {description}"
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        return f"{path}: {message}"
     if problem["type"] == "value_error":
         return f"{path} should be {message}, {got}"
     _, should, rest = message.partition(", unable to parse")[0].partition(" should ")

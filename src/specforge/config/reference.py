@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from specforge.config.keys import Key, all_keys, sections
+from specforge.config.keys import Key, all_keys, sections, tag_values
 from specforge.config.run import RunConfig
 
 _INTRODUCTION = """# Run configuration
@@ -31,22 +31,30 @@ def reference() -> str:
     top = [key for key in all_keys(RunConfig) if "." not in key.path]
     parts.append(_table("Top level", "", top))
     for name, field in RunConfig.model_fields.items():
-        if models := sections(field):
-            keys = [key for model in models for key in all_keys(model, f"{name}.")]
-            parts.append(_table(f"`{name}`", field.description or "", keys))
+        models = sections(field)
+        for model in models:
+            # a section that is a choice has a table a variant
+            choice = f" with `{field.discriminator}: {_choice(model, field)}`" if len(models) > 1 else ""
+            parts.append(_table(f"`{name}`{choice}", field.description or "", list(all_keys(model, f"{name}."))))
     return "\n".join(parts)
+
+
+def _choice(model: type[BaseModel], field: FieldInfo) -> str:
+    return tag_values(model, str(field.discriminator))[0]
 
 
 def _table(title: str, description: str, keys: list[Key]) -> str:
     lines = [f"## {title}", ""]
     lines += [description, ""] if description else []
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    variants: dict[tuple[str, str], list[str]] = {}
     for key in _merged(keys):
-        only = f" Only with `{key.variant}`." if key.variant and not _is_tag(key) else ""
-        lines.append(
-            f"| `{key.path}` | {_cell(_type(key.field))} | {_cell(_default(key.field))} "
-            f"| {_cell(key.field.description or '')}{only} |"
-        )
+        row = f"| `{key.path}` | {_cell(_type(key.field))} | {_cell(_default(key.field))} "
+        meaning = _cell(key.field.description or "")
+        variants.setdefault((row, meaning), []).extend([key.variant] if key.variant and not _is_tag(key) else [])
+    for (row, meaning), found in variants.items():
+        only = f" Only with {' or '.join(f'`{variant}`' for variant in found)}." if found else ""
+        lines.append(f"{row}| {meaning}{only} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from specforge.algorithms.catalog import options_types
 from specforge.algorithms.eagle3.config import Eagle3Options
 from specforge.config.launch import LaunchConfig
 from specforge.control_plane.config import ControlPlaneConfig
@@ -16,8 +17,11 @@ from specforge.inference.config import TargetConfig
 from specforge.prompts.config import DataConfig
 from specforge.training.config import TrainingConfig
 
-AlgorithmOptions = Eagle3Options
-"""One variant an algorithm, told apart by ``name``: a discriminated union from the second algorithm on."""
+if TYPE_CHECKING:
+    AlgorithmOptions = Eagle3Options
+else:
+    # one variant an algorithm, of this package and of those that add some
+    AlgorithmOptions = Annotated[Union[tuple(options_types().values())], Field(discriminator="name")]  # noqa: UP007
 
 
 class RunConfig(BaseModel):

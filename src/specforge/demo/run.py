@@ -1,9 +1,10 @@
 """``specforge demo``: a real draft, from text to a serving format, in one command.
 
     responses   the target continues prompts from training modules     OUT/responses.jsonl
-    training    EAGLE-3 on hidden states captured live                 OUT/train/
+    training    a draft on hidden states captured live                 OUT/train/
     evaluation  speculative decoding on prompts from held-out modules
     export      the draft as SGLang loads it, reloaded and compared    OUT/sglang/
+                (OUT/hf/, the plain weights, where SGLang serves none)
     report      table, OUT/report.json, OUT/report.html
 
 Every phase either finds its result complete or makes it again; ``resume`` runs the phases in order and training
@@ -19,17 +20,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from specforge.algorithms.eagle3.config import Eagle3Options
+from specforge.algorithms.catalog import options_of
 from specforge.config.run import RunConfig
 from specforge.control_plane.config import ControlPlaneConfig
 from specforge.demo.corpus import standard_library_modules
 from specforge.demo.prompts import CutPrompt, cut_prompts, record_responses
+from specforge.demo.recipes import DRAFTS, DemoRecipe, DraftRecipe
 from specforge.demo.target import STATE_FILE, TargetRecipe, train_target
 from specforge.errors import UserError
 from specforge.evaluation.config import EvaluationConfig
@@ -39,7 +41,7 @@ from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.target import load_tokenizer
 from specforge.launch.drafts import load_draft
 from specforge.launch.evaluate import decode
-from specforge.launch.export import export_draft
+from specforge.launch.export import export_draft, served_format
 from specforge.launch.local import train
 from specforge.launch.lock import LOCK_FILE, run_lock
 from specforge.launch.runtime import TrainOutcome
@@ -50,27 +52,6 @@ from specforge.prompts.config import DataConfig
 from specforge.training.config import TrainingConfig
 
 PACKAGED_TARGET = Path(__file__).parent / "target_model"
-
-
-@dataclass(frozen=True, slots=True)
-class DemoRecipe:
-    """The demo's fixed sizes. Counts, never the clock, decide what is trained."""
-
-    num_responses: int = 2560
-    prompt_tokens: int = 48
-    response_tokens: int = 64
-    generation_batch_size: int = 64
-    num_epochs: int = 1
-    eagle31: bool = True  # the norms of EAGLE-3.1: the small draft learns faster with them (decision record 4)
-    global_batch_size: int = 8
-    micro_batch_tokens: int = 1024
-    optimizer: Literal["adamw", "muon"] = "muon"
-    lr: float = 1e-2
-    checkpoint_every: int = 32
-    num_eval_prompts: int = 32
-    num_untrained_eval_prompts: int = 8
-    eval_new_tokens: int = 64
-    num_proposals: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +102,27 @@ class Demo:
     def responses(self) -> Path:
         return self.out / "responses.jsonl"
 
+    @property
+    def draft(self) -> DraftRecipe:
+        """What is trained; an algorithm of another package has its defaults."""
+        return DRAFTS.get(self.algorithm, DraftRecipe())
+
     def run_config(self) -> RunConfig:
         """The training as an ordinary run: ``specforge train -c OUT/train/resolved.yaml`` is the same."""
-        recipe = self.recipe
+        recipe, draft = self.recipe, self.draft
         return RunConfig(
             run_dir=self.out / "train",
             seed=self.seed,
             topology=self.topology,
             target=TargetConfig(path=self.target_dir, dtype="float32", device="cpu"),
             data=DataConfig(path=self.responses, format="tokens"),
-            algorithm=Eagle3Options(fc_norm=recipe.eagle31, norm_output=recipe.eagle31),
+            algorithm=options_of({"name": self.algorithm, **draft.options}),
             training=TrainingConfig(
                 num_epochs=recipe.num_epochs,
                 global_batch_size=recipe.global_batch_size,
                 micro_batch_tokens=recipe.micro_batch_tokens,
-                optimizer=recipe.optimizer,
-                lr=recipe.lr,
+                optimizer=draft.optimizer,
+                lr=draft.lr,
                 checkpoint_every=recipe.checkpoint_every,
                 dtype="float32",
                 device="cpu",
@@ -172,7 +158,8 @@ def run_phases(demo: Demo) -> dict[str, Any]:
     with phases.timed("evaluation"):
         trained, untrained = evaluate_demo(demo)
     with phases.timed("export"):
-        export = export_draft(demo.out / "train", "sglang", demo.out / "sglang")
+        to = served_format(demo.algorithm)
+        export = export_draft(demo.out / "train", to, demo.out / to)
     report = make_report(demo, outcome, trained, untrained) | {"export": export, "wall_seconds": phases.seconds}
     write_json(demo.out / "report.json", report)
     write_report(demo.out / "report.html", report, read_scalars(demo.out / "train" / "metrics.jsonl"), "SpecForge demo")
@@ -279,13 +266,13 @@ def make_report(
         "topology": demo.topology,
         "algorithm": demo.algorithm,
         "seed": demo.seed,
-        "configuration": asdict(demo.recipe),
+        "configuration": asdict(demo.recipe) | asdict(demo.draft),
     }
 
 
 def print_report(report: dict[str, Any], out: Path) -> None:
     """The table that ends a demo, on standard error like the progress bars."""
-    table = Table(title="SpecForge demo", show_header=False, title_justify="left")
+    table = Table(title=f"SpecForge demo: {report['algorithm']}", show_header=False, title_justify="left")
     rows = {
         "accepted length": f"{report['accepted_length_mean']:.2f} tokens a round "
         f"(untrained draft: {report['accepted_length_untrained']:.2f})",
@@ -297,7 +284,7 @@ def print_report(report: dict[str, Any], out: Path) -> None:
         "trained on": f"{report['num_samples_trained']} samples ({report['num_samples_unique']} different) in "
         f"{report['num_steps']} steps, {report['topology']}",
         "draft weights": f"sha256 {report['draft_weights_sha256'][:16]}...",
-        "export": f"{report['export']['path']} (SGLang, reloaded: same logits)",
+        "export": f"{report['export']['path']} ({report['export']['format']}, reloaded: same logits)",
         "seconds": ", ".join(f"{name} {seconds:.0f}" for name, seconds in report["wall_seconds"].items()),
         "report": str(out / "report.html"),
     }

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+
+class TreeConfig(BaseModel):
+    """The tree of proposals of a round (EAGLE-2, arXiv 2406.16858)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    top_k: PositiveInt = Field(8, description="Children of a node that are considered, and nodes kept on a level.")
+    depth: NonNegativeInt = Field(5, description="Levels below the first.")
+    num_nodes: int = Field(63, ge=2, description="Nodes that the target verifies, the last committed token included.")
 
 
 class EvaluationConfig(BaseModel):
-    """Which prompts to decode, and how far."""
+    """Which prompts to decode, and how."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,4 +32,15 @@ class EvaluationConfig(BaseModel):
         "everything before its first answer.",
     )
     max_new_tokens: PositiveInt = Field(64, description="Tokens decoded after each prompt.")
-    num_proposals: PositiveInt = Field(5, description="Tokens that the draft proposes in a round.")
+    num_proposals: PositiveInt = Field(5, description="Tokens that the draft proposes in a round, without a tree.")
+    temperature: NonNegativeFloat = Field(
+        0.0, description="Temperature that target and draft sample at; 0: greedy, checked token by token."
+    )
+    top_k: PositiveInt | None = Field(None, description="Sample among the most likely tokens only; null: all.")
+    top_p: float | None = Field(
+        None, gt=0.0, le=1.0, description="Sample from the smallest set of tokens with this probability; null: all."
+    )
+    seed: NonNegativeInt = Field(0, description="Seed of the sampling.")
+    tree: TreeConfig | None = Field(
+        None, description="Draft trees of proposals (for algorithms that can); null: chains of num_proposals tokens."
+    )

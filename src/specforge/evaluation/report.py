@@ -11,8 +11,9 @@ from typing import Any
 class DecodedPrompt:
     """One prompt decoded both ways.
 
-    ``accepted``: accepted proposals of each round that counts. ``mismatch``: index of the first new token in which the
-    outputs differ, ``None`` for equal ones; ``near_tie``: that difference is excused.
+    ``accepted``: accepted proposals of each round that counts. ``compared``: whether the outputs are meant to be equal
+    (they are not where tokens are sampled). ``mismatch``: index of the first new token in which they differ, ``None``
+    for equal ones and for those not compared; ``near_tie``: that difference is excused.
     """
 
     prompt_tokens: int
@@ -23,10 +24,13 @@ class DecodedPrompt:
     accepted: tuple[int, ...]
     mismatch: int | None
     near_tie: bool
+    compared: bool = True
 
     @property
     def num_compared_tokens(self) -> int:
-        """Tokens up to the first difference; all of them without one."""
+        """Tokens up to the first difference; all of them without one, none where nothing is compared."""
+        if not self.compared:
+            return 0
         return len(self.plain_tokens) if self.mismatch is None else self.mismatch
 
 
@@ -37,7 +41,7 @@ class SpeculativeReport:
     * ``accepted_length_mean``: accepted proposals + 1, mean over rounds; 1.0 = nothing accepted (or no round)
     * ``acceptance_per_position[i]``: rounds that accepted at least i + 1 proposals / all rounds
     * ``lossless``: every prompt's outputs are equal up to excused near-ties; ``None`` when the target did not compute
-      in fp32, where differences are reported and not judged
+      in fp32, where differences are reported and not judged, and when tokens were sampled, where nothing is compared
     * ``tokens_per_second_*``: new tokens after the first / decode time (the target's prefill is left out)
     * ``distinct_4grams``: distinct / all 4-grams of the plain output, mean over prompts with at least 4 new tokens
     """
@@ -79,7 +83,7 @@ def summarise(rows: Sequence[DecodedPrompt], num_proposals: int, judged: bool) -
         ),
         num_rounds=len(rounds),
         lossless=mismatches == 0 if judged else None,
-        num_prompts_compared=len(rows),
+        num_prompts_compared=sum(row.compared for row in rows),
         num_tokens_compared=sum(row.num_compared_tokens for row in rows),
         num_mismatches=mismatches,
         num_near_ties=sum(row.near_tie for row in rows),

@@ -1,8 +1,8 @@
-"""SpeculativeDecoder: greedy speculative decoding in process, checked token by token against plain decoding.
+"""SpeculativeDecoder: speculative decoding in process, greedy (checked token by token) or sampled, chains or trees.
 
 The definitions of the figures are in docs/glossary.md.
 
-Legend: n processed positions, l proposals of a round, r accepted ones, m positions of one forward, V vocabulary.
+Legend: m positions of one forward, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specforge.algorithms.base import Proposer
+from specforge.algorithms.base import DraftRequest, Proposal, Proposer, Sampling, TreeShape
+from specforge.algorithms.parts.sampling import distribution, draw
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 from specforge.errors import DataError
 from specforge.evaluation.report import DecodedPrompt, SpeculativeReport, summarise
+from specforge.evaluation.verification import Verdict, verify_greedy, verify_sampled
 from specforge.inference.engine import TargetSession
 
 NEAR_TIE_GAP = 1e-5
@@ -43,70 +45,134 @@ class DecodingEngine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """One round: ``start`` is the position of the last committed token, ``accepted`` indices into ``proposals``.
+
+    ``committed`` are the tokens that it appended, those after a stop token left out. ``counts`` is false where the
+    length limit left no room for a full round.
+    """
+
+    start: int
+    proposals: tuple[int, ...]
+    accepted: tuple[int, ...]
+    committed: tuple[int, ...]
+    counts: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Decoded:
-    """One decoding. ``accepted`` has one entry a round that counts: proposals accepted by the target.
+    """One decoding; plain decoding has no rounds.
 
     ``seconds`` is decode time: from the end of the target's prefill, which gave the first of ``tokens``, to the end.
     """
 
     tokens: tuple[int, ...]
     seconds: float
-    accepted: tuple[int, ...] = ()
+    rounds: tuple[Round, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[int, ...]:
+        """Accepted proposals of each round that counts."""
+        return tuple(len(a_round.accepted) for a_round in self.rounds if a_round.counts)
 
 
 class SpeculativeDecoder:
-    """Decodes prompts greedily, one sequence at a time, with chains of ``num_proposals`` tokens.
+    """Decodes prompts one at a time, in rounds of a chain of ``num_proposals`` tokens or of a ``tree``.
 
-    ``spec`` is what the proposer's algorithm captures. Ties go to the lowest id.
+    ``spec`` is what the proposer's algorithm captures. Greedy without ``sampling``; ties go to the lowest id.
     """
 
-    def __init__(self, engine: DecodingEngine, proposer: Proposer, spec: CaptureSpec, num_proposals: int) -> None:
+    def __init__(
+        self,
+        engine: DecodingEngine,
+        proposer: Proposer,
+        spec: CaptureSpec,
+        num_proposals: int,
+        *,
+        sampling: Sampling | None = None,
+        tree: TreeShape | None = None,
+    ) -> None:
         if num_proposals < 1:
             raise ValueError(f"num_proposals must be at least 1, got {num_proposals}")
+        if tree is not None and not proposer.drafts_trees:
+            raise ValueError(f"{type(proposer).__name__} drafts no trees; decode with chains")
         self._engine = engine
         self._proposer = proposer
         self._spec = spec
-        self._num_proposals = num_proposals
+        self._sampling = sampling
+        self._tree = tree
+        self._num_proposals = num_proposals if tree is None else tree.depth + 1
         self._stops = frozenset(engine.info.eos_token_ids)
 
     def plain(self, prompt: Sequence[int], max_new_tokens: int) -> Decoded:
-        """Greedy decoding with a KV cache, one token a forward."""
+        """Decoding with a KV cache, one token a forward."""
         session = self._engine.session(self._plain_spec)
         logits, _ = session.forward(prompt)
-        tokens = [_greedy(logits)[-1]]
+        tokens = [self._next(logits)]
         start = time.perf_counter()
         while len(tokens) < max_new_tokens and tokens[-1] not in self._stops:
             logits, _ = session.forward(tokens[-1:])
-            tokens.append(_greedy(logits)[-1])
+            tokens.append(self._next(logits))
         return Decoded(tuple(tokens), time.perf_counter() - start)
 
     def speculative(self, prompt: Sequence[int], max_new_tokens: int) -> Decoded:
-        """Greedy speculative decoding. A stop token ends the output, also in the middle of an accepted run.
+        """Speculative decoding. A stop token ends the output, also in the middle of an accepted run.
 
-        A round that starts with room for fewer than ``num_proposals + 1`` tokens proposes fewer and does not count.
+        A round that starts with room for fewer tokens than a full round can commit proposes fewer and does not count.
         The draft's own prefill is part of its decode time.
         """
         session = self._engine.session(self._spec)
         self._proposer.reset()
         logits, features = session.forward(prompt)
-        committed = [*prompt, _greedy(logits)[-1]]
+        committed = [*prompt, self._next(logits)]
         end = len(prompt) + max_new_tokens
-        accepted: list[int] = []
+        rounds: list[Round] = []
         start = time.perf_counter()
         while len(committed) < end and committed[-1] not in self._stops:
             room = end - len(committed)
-            limit = min(self._num_proposals, room - 1)
-            proposals = self._proposer.propose(committed, features, limit).tokens[:limit] if limit else ()
-            logits, features = session.forward([committed[-1], *proposals])
-            greedy = _greedy(logits)
-            num_accepted = count_accepted(proposals, greedy)
-            new = [*proposals[:num_accepted], greedy[num_accepted]]
-            session.crop(len(committed) + num_accepted)
-            features = {name: rows[: num_accepted + 1] for name, rows in features.items()}
-            committed += _until_stop(new, self._stops)
-            if room > self._num_proposals:
-                accepted.append(num_accepted)
-        return Decoded(tuple(committed[len(prompt) :]), time.perf_counter() - start, tuple(accepted))
+            proposal = self._propose(committed, features, room - 1)
+            verdict, features = self._verify(session, committed, proposal)
+            new = [*(proposal.tokens[index] for index in verdict.accepted), verdict.extra]
+            new = _until_stop(new[:room], self._stops)
+            counts = room > self._num_proposals
+            rounds.append(Round(len(committed) - 1, proposal.tokens, verdict.accepted, tuple(new), counts))
+            committed += new
+        return Decoded(tuple(committed[len(prompt) :]), time.perf_counter() - start, tuple(rounds))
+
+    def _propose(self, committed: list[int], features: dict[str, Tensor], limit: int) -> Proposal:
+        """A proposal whose paths have at most ``limit`` tokens."""
+        limit = min(limit, self._num_proposals)
+        if not limit:
+            return Proposal(())
+        tree = None if self._tree is None else _shallower(self._tree, limit)
+        proposal = self._proposer.propose(committed, features, DraftRequest(limit, self._sampling, tree))
+        most = limit if tree is None else tree.num_nodes - 1
+        if len(proposal.tokens) > most:
+            raise ValueError(
+                f"{type(self._proposer).__name__} proposed {len(proposal.tokens)} tokens; at most {most} were asked for"
+            )
+        return proposal
+
+    def _verify(
+        self, session: TargetSession, committed: list[int], proposal: Proposal
+    ) -> tuple[Verdict, dict[str, Tensor]]:
+        """The target's verdict, and its features at the last committed token and the accepted ones, which it keeps."""
+        tokens = [committed[-1], *proposal.tokens]
+        if proposal.parents is None:
+            logits, features = session.forward(tokens)
+        else:
+            logits, features = session.forward(tokens, (-1, *(parent + 1 for parent in proposal.parents)))
+        if self._sampling is None:
+            verdict = verify_greedy(proposal, logits.argmax(dim=-1).tolist())
+        else:
+            verdict = verify_sampled(proposal, distribution(logits, self._sampling), self._sampling.generator)
+        if proposal.parents is None:
+            count = len(verdict.accepted)
+            session.crop(len(committed) + count)
+            return verdict, {name: rows[: count + 1] for name, rows in features.items()}
+        rows = [0, *(index + 1 for index in verdict.accepted)]
+        session.keep(rows)
+        return verdict, {name: values[rows] for name, values in features.items()}
 
     def evaluate(
         self,
@@ -133,7 +199,14 @@ class SpeculativeDecoder:
                 speculative = self.speculative(prompt, max_new_tokens)
             rows.append(self._compare(prompt, plain, speculative))
             on_prompt(index + 1)
-        return summarise(rows, self._num_proposals, judged=self._engine.dtype == torch.float32)
+        judged = self._engine.dtype == torch.float32 and self._sampling is None
+        return summarise(rows, self._num_proposals, judged)
+
+    def _next(self, logits: Tensor) -> int:
+        """The token after the last row of ``logits`` [m, V]."""
+        if self._sampling is None:
+            return int(logits[-1].argmax())
+        return draw(distribution(logits[-1], self._sampling), self._sampling.generator)
 
     @property
     def _plain_spec(self) -> CaptureSpec:
@@ -141,7 +214,8 @@ class SpeculativeDecoder:
         return CaptureSpec((), False, self._spec.dtype)
 
     def _compare(self, prompt: Sequence[int], plain: Decoded, speculative: Decoded) -> DecodedPrompt:
-        mismatch = first_mismatch(plain.tokens, speculative.tokens)
+        compared = self._sampling is None
+        mismatch = first_mismatch(plain.tokens, speculative.tokens) if compared else None
         near_tie = mismatch is not None and self._is_near_tie(prompt, plain.tokens, speculative.tokens, mismatch)
         return DecodedPrompt(
             prompt_tokens=len(prompt),
@@ -152,6 +226,7 @@ class SpeculativeDecoder:
             accepted=speculative.accepted,
             mismatch=mismatch,
             near_tie=near_tie,
+            compared=compared,
         )
 
     def _is_near_tie(
@@ -168,14 +243,6 @@ class SpeculativeDecoder:
         return bool((gaps < NEAR_TIE_GAP).all())
 
 
-def count_accepted(proposals: Sequence[int], greedy: Sequence[int]) -> int:
-    """Leading proposals that equal the target's greedy choice at the preceding position."""
-    for index, proposal in enumerate(proposals):
-        if proposal != greedy[index]:
-            return index
-    return len(proposals)
-
-
 def first_mismatch(left: Sequence[int], right: Sequence[int]) -> int | None:
     """Index of the first difference, the shorter length where one continues the other, ``None`` when equal."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
@@ -184,10 +251,11 @@ def first_mismatch(left: Sequence[int], right: Sequence[int]) -> int | None:
     return None if len(left) == len(right) else min(len(left), len(right))
 
 
-def _greedy(logits: Tensor) -> list[int]:
-    """The lowest id among the largest logits [m, V], for each row."""
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
-    return tokens
+def _shallower(tree: TreeShape, max_tokens: int) -> TreeShape:
+    """``tree`` with paths of at most ``max_tokens`` tokens."""
+    depth = min(tree.depth, max_tokens - 1)
+    num_candidates = tree.top_k + depth * tree.top_k**2
+    return TreeShape(tree.top_k, depth, min(tree.num_nodes, num_candidates + 1))
 
 
 def _until_stop(tokens: list[int], stops: frozenset[int]) -> list[int]:

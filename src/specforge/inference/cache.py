@@ -52,6 +52,13 @@ class GrowingLayer(DynamicLayer):
         if self._buffers is not None:
             self.keys, self.values = (buffer.narrow(2, 0, self._num_positions) for buffer in self._buffers)
 
+    def keep(self, start: int, rows: Tensor) -> None:
+        """Of the positions from ``start`` on keep only ``start + rows`` (int64, ascending), moved together."""
+        assert self._buffers is not None, "positions are kept after a forward"
+        for buffer in self._buffers:
+            buffer.narrow(2, start, len(rows)).copy_(buffer.index_select(2, start + rows.to(buffer.device)))
+        self.crop(start + len(rows) - self._num_positions)
+
     def _grown(self, keys: Tensor, values: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
         """Buffers with room for twice what there is now, shaped like the new states, with the kept positions."""
         capacity = max(2 * self._num_positions, INITIAL_POSITIONS)
@@ -68,3 +75,9 @@ class GrowingCache(DynamicCache):
     def __init__(self) -> None:
         super().__init__()
         self.layer_class_to_replicate = GrowingLayer
+
+    def keep(self, start: int, rows: Tensor) -> None:
+        """:meth:`GrowingLayer.keep` for every layer."""
+        for layer in self.layers:
+            assert isinstance(layer, GrowingLayer), "every layer grows"
+            layer.keep(start, rows)

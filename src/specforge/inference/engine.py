@@ -50,8 +50,14 @@ class TargetEngine(Protocol):
 class TargetSession(Protocol):
     """The target decoding one sequence with a KV cache, as speculative decoding needs it."""
 
-    def forward(self, token_ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, token_ids: Sequence[int], parents: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Process tokens at the next positions: fp32 logits [m, V] and the features of those positions, each [m, D].
+
+        With ``parents`` [m] the tokens are a tree: each one's parent is an earlier index in ``token_ids``, or -1 for
+        one that follows the cache. A token is at the position after its parent and sees the cache, its ancestors and
+        itself. A :class:`TargetError` where the target's attention cannot be masked so.
 
         Features are tensors as the target computed them, whatever dtype the spec would store.
         """
@@ -59,4 +65,8 @@ class TargetSession(Protocol):
 
     def crop(self, num_tokens: int) -> None:
         """Keep only the first ``num_tokens`` positions of the cache."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Of the tokens of the last forward keep only ``rows`` (ascending indices), a path that follows the cache."""
         ...

@@ -27,6 +27,7 @@ from specforge.inference.cache import GrowingCache
 from specforge.inference.engine import CapturedSample, Generation
 from specforge.inference.layers import EverythingInFloat64, decoder_layers, tapped
 from specforge.inference.target import read_target_info
+from specforge.inference.tree import TreeAttention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -126,15 +127,22 @@ class HFTargetEngine:
             return target_logits(tables, last[0, -1])
 
     def forward_step(
-        self, token_ids: Sequence[int], cache: GrowingCache, spec: CaptureSpec
+        self, token_ids: Sequence[int], cache: GrowingCache, spec: CaptureSpec, parents: Sequence[int] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One forward of a session: fp32 logits [m, V] and features [m, D]; ``cache`` grows by m positions."""
         input_ids = self._ids([token_ids])
         start = cache.get_seq_length()
-        positions = torch.arange(start, start + input_ids.shape[1], device=self.device)[None]
+        positions, mask = torch.arange(start, start + input_ids.shape[1]), None
+        if parents is not None:
+            tree = TreeAttention.of(parents, start)
+            positions, mask = tree.positions, tree.mask(self._backbone.config, self.dtype, self.device)
         with torch.no_grad(), tapped(self._layers, spec.aux_layers) as outputs:
             last = self._backbone(
-                input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=positions[None].to(self.device),
+                past_key_values=cache,
+                use_cache=True,
             ).last_hidden_state
             found = _features(outputs, last, spec)
             features = {name: torch.cat(it, dim=-1) if len(it) > 1 else it[0] for name, it in found.items()}
@@ -179,9 +187,13 @@ class HFTargetSession:
         self._engine = engine
         self._spec = spec
         self._cache = GrowingCache()
+        self._last_start = 0
 
-    def forward(self, token_ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._engine.forward_step(token_ids, self._cache, self._spec)
+    def forward(
+        self, token_ids: Sequence[int], parents: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self._last_start = self._cache.get_seq_length()
+        return self._engine.forward_step(token_ids, self._cache, self._spec, parents)
 
     def crop(self, num_tokens: int) -> None:
         surplus = self._cache.get_seq_length() - num_tokens
@@ -189,6 +201,9 @@ class HFTargetSession:
             raise ValueError(f"cannot keep {num_tokens} positions of a cache of {num_tokens + surplus}")
         if surplus:
             self._cache.crop(-surplus)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._cache.keep(self._last_start, torch.tensor(rows, dtype=torch.long))
 
 
 def _load(info: TargetInfo, dtype: torch.dtype, trust_remote_code: bool) -> Any:

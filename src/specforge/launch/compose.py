@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from specforge.algorithms.parts.tables import load_target_tables
-from specforge.algorithms.parts.vocabulary import kept_ids
 from specforge.config.load import dump_run_config
 from specforge.config.run import RunConfig
 from specforge.contracts.batches import StepBatches
@@ -91,11 +90,12 @@ from specforge.launch.stores import (
     with_namespace,
     with_retention,
 )
+from specforge.launch.vocabulary import draft_vocabulary
 from specforge.monitor.console import ConsoleMonitor
 from specforge.monitor.fanout import FanoutMonitor
 from specforge.monitor.jsonl import JsonlMonitor
-from specforge.prompts.vocabulary import count_loss_tokens
 from specforge.training.checkpoint import Checkpointer, Provenance, TrainPosition, weights_sha256
+from specforge.training.config import TrainingConfig
 from specforge.training.optimizer import MasterOptimizer, OptimizerSettings
 from specforge.training.schedule import Schedule
 from specforge.training.trainer import Ledger, Trainable, Trainer, TrainerSettings, check_same_run
@@ -277,12 +277,7 @@ def make_trainable(inputs: RunInputs) -> Trainable:
     config, target, algorithm = inputs.config, inputs.target, inputs.algorithm
     device = resolve_device(config.training.device)
     tables = load_target_tables(target.path, resolve_dtype(config.training.dtype, device), device)
-    draft_config = algorithm.draft_config(target)
-    kept = None
-    if draft_config.draft_vocab_size != draft_config.vocab_size:
-        counts = count_loss_tokens(inputs.tasks, target.vocab_size)
-        kept = kept_ids(torch.tensor(counts), draft_config.draft_vocab_size)
-    draft = algorithm.build_draft(draft_config, tables, config.seed, kept)
+    draft = algorithm.build_draft(algorithm.draft_config(target), tables, config.seed, draft_vocabulary(inputs))
     return Trainable(algorithm, draft, tables, make_provenance(inputs))
 
 
@@ -306,7 +301,7 @@ def make_trainer(
     return Trainer(
         trainable,
         MasterOptimizer(dict(trainable.draft.named_parameters()), optimizer),
-        Schedule(training.schedule, training.lr, plan.total_steps, training.warmup_ratio, training.min_lr_ratio),
+        make_schedule(training, plan.total_steps),
         TrainerSettings(
             total_steps=plan.total_steps,
             checkpoint_every=training.checkpoint_every,
@@ -317,6 +312,18 @@ def make_trainer(
         make_checkpointer(inputs.config),
         ledger,
         on_step,
+    )
+
+
+def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
+    return Schedule(
+        training.schedule,
+        training.lr,
+        total_steps,
+        training.warmup_ratio,
+        training.min_lr_ratio,
+        training.decay_ratio,
+        training.decay_shape,
     )
 
 

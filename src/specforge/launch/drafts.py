@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from specforge.algorithms.base import Algorithm, DraftModel, TargetTables
-from specforge.algorithms.catalog import get_algorithm
-from specforge.algorithms.eagle3.config import Eagle3DraftConfig, Eagle3Options
+from specforge.algorithms.catalog import algorithm_type
+from specforge.algorithms.draft_config import DraftConfig
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 from specforge.errors import DraftError
-from specforge.export.eagle3_config import PROVENANCE_KEY
-from specforge.export.sglang import load_exported_eagle3
+from specforge.export.artifact import WEIGHTS
+from specforge.export.draft import TrainedDraft, read_export
 from specforge.training.checkpoint import Checkpointer, load_checkpoint
 
 
@@ -24,7 +21,7 @@ class LoadedDraft:
 
     path: Path
     algorithm: Algorithm
-    config: Eagle3DraftConfig
+    config: DraftConfig
     draft: DraftModel
     spec: CaptureSpec
     revision: str | None
@@ -43,38 +40,34 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def load_draft(path: Path, target: TargetInfo, tables: TargetTables) -> LoadedDraft:
-    """Load the draft in ``path`` for ``target``; a draft of another target is refused with what differs."""
+def read_draft(path: Path) -> TrainedDraft:
+    """What is on disk in ``path``: a run directory (its newest checkpoint), a checkpoint, or an export."""
     if not path.is_dir():
         raise DraftError(f"{path} is not a directory; give a run directory, a checkpoint or an exported draft")
-    if (path / "model.safetensors").exists():
-        config, state = load_exported_eagle3(path)
-        options, revision, dtype = Eagle3Options(), _exported_revision(path), "float32"
-    else:
-        checkpoint = load_checkpoint(find_checkpoint(path))
-        config, state = Eagle3DraftConfig.from_dict(checkpoint.provenance.draft_config), checkpoint.draft
-        options = Eagle3Options.model_validate(checkpoint.provenance.identity["algorithm"])
-        revision, dtype = (
-            checkpoint.provenance.identity["target_revision"],
-            checkpoint.provenance.identity["capture_dtype"],
-        )
-    check_fits(path, config, target, revision)
-    algorithm = get_algorithm(options.model_copy(update={"aux_layers": config.aux_layers}))
-    kept = torch.nonzero(state["t2d"]).flatten() if config.draft_vocab_size != config.vocab_size else None
-    draft = algorithm.build_draft(config, tables, seed=0, kept_ids=kept)
-    draft.load_state_dict({name: tensor.to(draft.state_dict()[name].dtype) for name, tensor in state.items()})
-    spec = algorithm.capture_spec(target, dtype)
-    return LoadedDraft(path, algorithm, config, draft.eval(), spec, revision)
+    if (path / WEIGHTS).exists():
+        return read_export(path)
+    checkpoint = load_checkpoint(find_checkpoint(path))
+    identity = checkpoint.provenance.identity
+    config_type = algorithm_type(identity["algorithm"]["name"]).config_type
+    return TrainedDraft(
+        identity["algorithm"],
+        config_type.from_dict(checkpoint.provenance.draft_config),
+        checkpoint.draft,
+        identity["capture_dtype"],
+        identity["target_revision"],
+    )
 
 
-def _exported_revision(path: Path) -> str | None:
-    """The target revision that an export records. Its ``config.json`` was read and checked before."""
-    served = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    revision: str | None = served[PROVENANCE_KEY].get("target_revision")
-    return revision
+def load_draft(path: Path, target: TargetInfo, tables: TargetTables) -> LoadedDraft:
+    """Load the draft in ``path`` for ``target``; a draft of another target is refused with what differs."""
+    found = read_draft(path)
+    check_fits(path, found.config, target, found.target_revision)
+    algorithm = found.algorithm()
+    spec = algorithm.capture_spec(found.config, found.capture_dtype)
+    return LoadedDraft(path, algorithm, found.config, found.build(tables), spec, found.target_revision)
 
 
-def check_fits(path: Path, config: Eagle3DraftConfig, target: TargetInfo, revision: str | None) -> None:
+def check_fits(path: Path, config: DraftConfig, target: TargetInfo, revision: str | None) -> None:
     """Refuse a draft that was made for another target."""
     if revision is not None and revision != target.revision:
         raise DraftError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from specforge.algorithms.base import TargetTables
+from specforge.algorithms.base import Sampling, TargetTables, TreeShape
 from specforge.contracts.tasks import PromptTask
 from specforge.errors import ConfigError
 from specforge.evaluation.config import EvaluationConfig
@@ -22,6 +22,9 @@ from specforge.launch.inputs import resolve_device, resolve_dtype
 from specforge.monitor.console import progress
 from specforge.prompts.config import DataConfig
 from specforge.prompts.tasks import load_prompt_tasks
+
+TREE_ALGORITHMS = ("eagle3", "medusa")
+"""The algorithms of this package whose proposers draft trees."""
 
 
 def evaluate_draft(target: TargetConfig, draft: Path, options: EvaluationConfig) -> dict[str, Any]:
@@ -56,9 +59,29 @@ def decode(
 ) -> SpeculativeReport:
     """Speculative decoding of ``prompts`` beside plain decoding, with a progress bar."""
     proposer = loaded.algorithm.proposer(loaded.draft, tables)
-    decoder = SpeculativeDecoder(engine, proposer, loaded.spec, options.num_proposals)
+    if options.tree is not None and not proposer.drafts_trees:
+        raise ConfigError(
+            f"evaluation.tree was given, but {loaded.algorithm.name} drafts chains only; trees are drafted by "
+            f"{' and '.join(TREE_ALGORITHMS)}; leave evaluation.tree out"
+        )
+    decoder = SpeculativeDecoder(
+        engine,
+        proposer,
+        loaded.spec,
+        options.num_proposals,
+        sampling=sampling_of(options),
+        tree=None if options.tree is None else TreeShape(**options.tree.model_dump()),
+    )
     with torch.inference_mode(), progress(title, len(prompts), "prompts") as bar:
         return decoder.evaluate(prompts, options.max_new_tokens, on_prompt=bar.update_to)
+
+
+def sampling_of(options: EvaluationConfig) -> Sampling | None:
+    """How tokens are drawn, ``None`` for greedy decoding."""
+    if not options.temperature:
+        return None
+    generator = torch.Generator().manual_seed(options.seed)
+    return Sampling(options.temperature, generator, options.top_k, options.top_p)
 
 
 def prompt_of(task: PromptTask, prompt_tokens: int) -> tuple[int, ...]:

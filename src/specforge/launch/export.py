@@ -5,45 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specforge.algorithms.eagle3.config import Eagle3DraftConfig
-from specforge.algorithms.eagle3.model import Eagle3Draft
 from specforge.algorithms.parts.tables import load_target_tables
 from specforge.contracts.capture import TargetInfo
 from specforge.contracts.codec import from_json
 from specforge.errors import DraftError
-from specforge.export.sglang import export_sglang, verify_export
+from specforge.export.draft import FORMATS, verify_export, write_export
 from specforge.inference.target import read_target_info
-from specforge.launch.drafts import find_checkpoint, load_draft
+from specforge.launch.drafts import check_fits, find_checkpoint, read_draft
 from specforge.training.checkpoint import read_state
 
 
-def export_draft(checkpoint: Path, to: str, out: Path) -> dict[str, Any]:
+def export_draft(checkpoint: Path, to: str, out: Path, dtype: str | None = None) -> dict[str, Any]:
     """Export the draft in ``checkpoint`` (a checkpoint or a run) to ``out``; what was written, as JSON data.
 
     Reads the target that the draft was trained on, where the checkpoint says it is, for the comparison of logits.
+    ``dtype`` ``None`` is the format's own.
     """
-    if to != "sglang":
-        raise DraftError(f"cannot export to {to!r}; the formats are: sglang")
+    if to not in FORMATS:
+        raise DraftError(f"cannot export to {to!r}; the formats are: {', '.join(FORMATS)}")
     path = find_checkpoint(checkpoint)
     recorded = from_json(TargetInfo, read_state(path).provenance.target)
     target = read_target_info(recorded.path)
+    trained = read_draft(path)
+    check_fits(path, trained.config, target, trained.target_revision)
+    report = write_export(trained, target, FORMATS[to], out, dtype)
     tables = load_target_tables(target.path)
-    loaded = load_draft(path, target, tables)
-    assert isinstance(loaded.draft, Eagle3Draft)
-    assert isinstance(loaded.config, Eagle3DraftConfig)
-    report = export_sglang(loaded.draft.served_state(), loaded.config, target, out)
-    check = verify_export(out, loaded.draft, tables)
-    if not check.identical:
-        raise DraftError(
-            f"{out} does not give the logits of the draft that was exported "
-            f"(largest difference {check.difference_to_rounded:g}); do not serve it"
-        )
+    check = verify_export(out, trained.build(tables), tables)
     return {
         "path": str(report.path),
         "format": to,
+        "algorithm": trained.options["name"],
         "dtype": report.dtype,
         "num_tensors": report.num_tensors,
         "num_bytes": report.num_bytes,
         "reload_difference_to_rounded": check.difference_to_rounded,
         "reload_difference_to_original": check.difference_to_original,
     }
+
+
+def served_format(algorithm: str) -> str:
+    """The first format that can be written of ``algorithm``: that of a serving engine where there is one."""
+    return next(name for name, to in FORMATS.items() if to.writes(algorithm))

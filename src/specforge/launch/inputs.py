@@ -62,7 +62,8 @@ class RunInputs:
                 mode="json",
                 include={
                     "num_epochs", "global_batch_size", "micro_batch_tokens", "lr", "schedule", "warmup_ratio",
-                    "min_lr_ratio", "optimizer", "weight_decay", "betas", "max_grad_norm", "dtype",
+                    "min_lr_ratio", "decay_ratio", "decay_shape", "optimizer", "weight_decay", "betas", "max_grad_norm",
+                    "dtype",
                 },
             ),
         }  # fmt: skip
@@ -71,7 +72,8 @@ class RunInputs:
 def read_target_inputs(config: RunConfig) -> TargetInputs:
     target = read_target_info(config.target.path, config.target.trust_remote_code)
     algorithm = get_algorithm(config.algorithm)
-    return TargetInputs(config, target, algorithm, algorithm.capture_spec(target, config.data_plane.capture_dtype))
+    spec = algorithm.capture_spec(algorithm.draft_config(target), config.data_plane.capture_dtype)
+    return TargetInputs(config, target, algorithm, spec)
 
 
 def read_run_inputs(config: RunConfig) -> RunInputs:

@@ -48,6 +48,11 @@ class DataConfig(BaseModel):
     limit: PositiveInt | None = Field(
         None, description="Use at most this many samples, the first ones; null: all of them."
     )
+    vocabulary_cache: Path | None = Field(
+        None,
+        description="Directory in which runs share the pruned draft vocabularies that they counted; null: each run "
+        "keeps its own.",
+    )
     max_invalid: NonNegativeInt = Field(
         0, description="Bad lines that are tolerated and skipped; with 0 the first one ends the run."
     )

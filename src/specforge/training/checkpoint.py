@@ -36,14 +36,15 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True, slots=True)
 class TrainPosition:
-    """Where training stands: completed optimizer steps, updates dropped for non-finite gradients, and ``num_slots``:
-    in strict order every slot of the run below that number was trained, or skipped for good (its prompt is
-    quarantined); in arrival order so many slots were trained.
+    """Where training stands: completed optimizer steps, updates dropped for non-finite gradients, samples left out of
+    the loss for non-finite features, and ``num_slots``: in strict order every slot of the run below that number was
+    trained, or skipped for good (its prompt is quarantined); in arrival order so many slots were trained.
     """
 
     step: int = 0
     num_slots: int = 0
     num_skipped_updates: int = 0
+    num_nonfinite_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True)

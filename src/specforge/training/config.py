@@ -24,8 +24,14 @@ class TrainingConfig(BaseModel):
         2048, description="Tokens packed into one forward and backward; does not change the result."
     )
     lr: float = Field(1e-4, gt=0.0, description="Peak learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls after the warm-up."
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = Field(
+        "cosine",
+        description="How the learning rate falls after the warm-up; wsd: it stays at the peak until the last "
+        "decay_ratio of the steps.",
+    )
+    decay_ratio: float = Field(0.1, gt=0.0, le=1.0, description="Share of all steps in which wsd falls.")
+    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = Field(
+        "cosine", description="How wsd falls at the end."
     )
     warmup_ratio: float = Field(0.015, ge=0.0, lt=1.0, description="Share of all steps with a rising learning rate.")
     min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="Learning rate at the end, as a share of the peak.")

@@ -24,16 +24,19 @@ class StepSums:
         self.loss_sum += float(output.loss_sum.detach())
         self.correct = _add(self.correct, output.correct)
         self.count = _add(self.count, output.count)
-        self.run_length = _add_pair(self.run_length, output.run_length)
+        self.run_length = _add_pair(self.run_length, output.runs.sums())
         for name, pair in output.metrics.items():
             self.metrics[name] = _add_pair(self.metrics.get(name, (0.0, 0.0)), pair)
 
-    def scalars(self, num_supervised: int) -> dict[str, float]:
-        """``loss``, ``accuracy_i``, ``simulated_acc_len``, ``product_acc_len`` and the algorithm's own metrics."""
+    def scalars(self, weight: float) -> dict[str, float]:
+        """``loss``, ``accuracy_i``, ``simulated_acc_len``, ``product_acc_len`` and the algorithm's own metrics.
+
+        ``weight``: what the loss of the whole step is divided by.
+        """
         accuracies = [c / n if n else 0.0 for c, n in zip(self.correct, self.count, strict=True)]
         total, rows = self.run_length
         scalars = {
-            "loss": self.loss_sum / max(1, num_supervised),
+            "loss": self.loss_sum / (weight or 1.0),
             "simulated_acc_len": total / rows if rows else 1.0,
             "product_acc_len": 1.0 + sum(math.prod(accuracies[: i + 1]) for i in range(len(accuracies))),
         }

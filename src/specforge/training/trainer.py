@@ -20,6 +20,7 @@ from specforge.contracts.batches import StepBatches
 from specforge.contracts.refs import Slot
 from specforge.errors import DraftError
 from specforge.training.checkpoint import Checkpoint, Checkpointer, Provenance, TrainPosition
+from specforge.training.guard import drop_nonfinite_samples
 from specforge.training.metrics import StepSums
 from specforge.training.optimizer import MasterOptimizer
 from specforge.training.schedule import Schedule
@@ -113,29 +114,32 @@ class Trainer:
         """One optimizer step over all micro-batches; the denominator is known before the first backward."""
         started = time.perf_counter()
         parts, position = self._parts, self.position
-        num_supervised = sum(parts.algorithm.num_supervised(batch) for batch in step_batches.micro_batches)
+        step_batches, num_nonfinite = drop_nonfinite_samples(step_batches)
         context = StepContext(position.step, self._settings.total_steps, self._settings.seed)
+        weight = sum(parts.algorithm.supervised_weight(batch, context) for batch in step_batches.micro_batches)
         sums = StepSums()
         parts.draft.train()
         for batch in step_batches.micro_batches:
             with self._autocast():
                 output = parts.algorithm.forward_loss(parts.draft, parts.tables, batch, context)
-            (output.loss_sum / max(1, num_supervised)).backward()
+            (output.loss_sum / (weight or 1.0)).backward()
             sums.add(output)
         lr = self._schedule.lr_at(position.step)
-        norm = self._optimizer.step(lr) if num_supervised else 0.0
+        norm = self._optimizer.step(lr) if weight else 0.0
         self._optimizer.zero_grad()
         skipped = int(not math.isfinite(norm))
         self.position = TrainPosition(
             step=position.step + 1,
             num_slots=step_batches.num_slots,
             num_skipped_updates=position.num_skipped_updates + skipped,
+            num_nonfinite_samples=position.num_nonfinite_samples + num_nonfinite,
         )
-        return sums.scalars(num_supervised) | {
+        return sums.scalars(weight) | {
             "lr": lr,
             "grad_norm": norm,
             "num_tokens": float(sum(len(batch.input_ids) for batch in step_batches.micro_batches)),
             "num_skipped_updates": float(self.position.num_skipped_updates),
+            "num_nonfinite_samples": float(self.position.num_nonfinite_samples),
             "step_s": time.perf_counter() - started,
         }
 

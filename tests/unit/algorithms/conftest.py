@@ -101,14 +101,22 @@ def eagle3(**options: object) -> Eagle3:
     return Eagle3(Eagle3Options(**options))
 
 
+CONTEXT = StepContext(global_step=0, total_steps=1, seed=0)
+
+
 def run_loss(
     algorithm: Eagle3, draft: Eagle3Draft, tables: TargetTables, batch: TrainBatch[torch.Tensor]
 ) -> StepOutput:
-    return algorithm.forward_loss(draft, tables, batch, StepContext(global_step=0, total_steps=1, seed=0))
+    return algorithm.forward_loss(draft, tables, batch, CONTEXT)
 
 
 def gradients(draft: Eagle3Draft) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in draft.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(name="context")
+def context_fixture() -> StepContext:
+    return CONTEXT
 
 
 @pytest.fixture(name="pack")

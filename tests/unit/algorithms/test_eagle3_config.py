@@ -8,8 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from specforge.algorithms.catalog import algorithm_class, algorithm_names, get_algorithm
-from specforge.algorithms.eagle3.algorithm import Eagle3, aux_layers
+from specforge.algorithms.catalog import algorithm_names, algorithm_type, get_algorithm
+from specforge.algorithms.draft_config import checked_layers
+from specforge.algorithms.eagle3.algorithm import Eagle3, default_aux_layers
 from specforge.algorithms.eagle3.config import Eagle3DraftConfig, Eagle3Options
 from specforge.algorithms.eagle3.model import Eagle3Draft
 from specforge.contracts.capture import TargetInfo
@@ -40,21 +41,22 @@ def target() -> TargetInfo:
 
 
 def test_default_layers_follow_the_formula(target):
-    spec = Eagle3(Eagle3Options()).capture_spec(target, "bfloat16")
+    algorithm = Eagle3(Eagle3Options())
+    spec = algorithm.capture_spec(algorithm.draft_config(target), "bfloat16")
     assert (spec.aux_layers, spec.last_hidden, spec.dtype) == ((1, 3, 4), True, "bfloat16")
-    assert [aux_layers(None, depth) for depth in (32, 36, 61)] == [(1, 15, 28), (1, 17, 32), (1, 29, 57)]
+    assert [default_aux_layers(depth) for depth in (32, 36, 61)] == [(1, 15, 28), (1, 17, 32), (1, 29, 57)]
 
 
 @pytest.mark.parametrize("depth", [2, 4, 5, 6])
 def test_default_layers_that_collide_are_refused_with_valid_ids(depth):
     with pytest.raises(ConfigError, match=f"between 0 and {depth - 2} .* from the default of EAGLE-3; set aux_layers"):
-        aux_layers(None, depth)
+        checked_layers(None, default_aux_layers(depth), depth, "EAGLE-3")
 
 
 @pytest.mark.parametrize("chosen", [(1, 1, 3), (3, 2, 4), (1, 3, 7), ()])
 def test_bad_chosen_layers_are_refused(chosen):
     with pytest.raises(ConfigError, match="from the option aux_layers"):
-        aux_layers(chosen, 8)
+        checked_layers(chosen, default_aux_layers(8), 8, "EAGLE-3")
 
 
 def test_draft_config_takes_the_targets_sizes_and_the_options_overrides(target):
@@ -69,7 +71,7 @@ def test_draft_config_takes_the_targets_sizes_and_the_options_overrides(target):
     assert (config.draft_vocab_size, config.fc_norm, config.rope_scaling) == (10, True, target.rope_scaling)
 
 
-@pytest.mark.parametrize("flags", [{}, {"fc_norm": True}, {"norm_before_fc": True, "qk_norm": True}])
+@pytest.mark.parametrize("flags", [{}, {"fc_norm": True}, {"norm_before_fc": True, "architecture": "qwen3"}])
 def test_counted_parameters_are_those_of_the_draft(target, flags):
     config = dataclasses.replace(Eagle3(Eagle3Options(draft_vocab_size=16)).draft_config(target), **flags)
     draft = Eagle3Draft(config, torch.arange(16))
@@ -96,7 +98,15 @@ def test_unknown_and_missing_keys_of_a_draft_config_are_named(target):
 
 
 def test_options_refuse_unknown_keys_and_odd_values():
-    for bad in ({"ttt_step": 3}, {"mask_offset": 3}, {"ttt_steps": 0}, {"step_decay": 0.0}, {"aux_layers": [-1, 2]}):
+    for bad in (
+        {"ttt_step": 3},
+        {"mask_offset": 3},
+        {"ttt_steps": 0},
+        {"step_decay": 0.0},
+        {"aux_layers": [-1, 2]},
+        {"loss": "ce"},
+        {"lk_scale": 1.5},
+    ):
         with pytest.raises(ValidationError):
             Eagle3Options(**bad)
 
@@ -106,10 +116,10 @@ def test_every_option_is_described():
 
 
 def test_catalog_builds_by_name_and_suggests_the_nearest():
-    assert algorithm_names() == ("eagle3",)
+    assert "eagle3" in algorithm_names()
     assert isinstance(get_algorithm(Eagle3Options()), Eagle3)
-    with pytest.raises(ConfigError, match="no algorithm 'eagle'; expected one of eagle3; did you mean 'eagle3'"):
-        algorithm_class("eagle")
+    with pytest.raises(ConfigError, match=r"no algorithm 'eagl3'; expected one of eagle3.*; did you mean 'eagle3'"):
+        algorithm_type("eagl3")
 
 
 def test_options_import_no_tensor_library():

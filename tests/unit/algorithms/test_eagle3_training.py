@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from specforge.algorithms.base import DraftRequest
 from specforge.errors import ConfigError
 
 
@@ -19,8 +20,8 @@ def greedy_world(lab, tables, num_documents=1, length=24):
     return documents
 
 
-def test_a_repeated_sample_is_learned_and_then_accepted_by_greedy_decoding(lab, pack, eagle3, run_loss):
-    """Section 12, test 51: every step over 0.95, and the proposer then drafts the sample."""
+def test_a_repeated_sample_is_learned_and_then_accepted_by_greedy_decoding(lab, pack, eagle3, run_loss, context):
+    """Oracle 51. Every step over 0.95, and the proposer then drafts the sample."""
     algorithm, tables = eagle3(ttt_steps=4), lab.tables()
     document = greedy_world(lab, tables)[0]
     draft, batch = lab.draft(algorithm, tables), pack([document])
@@ -28,13 +29,13 @@ def test_a_repeated_sample_is_learned_and_then_accepted_by_greedy_decoding(lab, 
     for _ in range(250):
         optimizer.zero_grad()
         output = run_loss(algorithm, draft, tables, batch)
-        (output.loss_sum / algorithm.num_supervised(batch)).backward()
+        (output.loss_sum / algorithm.supervised_weight(batch, context)).backward()
         optimizer.step()
     assert float((output.correct / output.count).min()) > 0.95
     ids, aux, rounds, position = document["ids"].tolist(), document["aux"], [], 3
     proposer, known = algorithm.proposer(draft, tables), 0
     while position + 4 < len(ids):
-        proposal = proposer.propose(ids[: position + 1], {"aux": aux[known:position]}, 4).tokens
+        proposal = proposer.propose(ids[: position + 1], {"aux": aux[known:position]}, DraftRequest(4)).tokens
         known, truth = position, ids[position + 1 : position + 5]
         accepted = next((i for i in range(4) if proposal[i] != truth[i]), 4)
         rounds.append(accepted + 1)
@@ -78,7 +79,7 @@ def test_features_in_bfloat16_are_computed_with_in_the_dtype_of_the_draft(lab, p
 
 def test_a_full_micro_batch_reaches_every_parameter(lab, pack, eagle3, run_loss):
     algorithm, tables = eagle3(), lab.tables()
-    draft = lab.draft(algorithm, tables, fc_norm=True, norm_before_fc=True, qk_norm=True)
+    draft = lab.draft(algorithm, tables, fc_norm=True, norm_before_fc=True, architecture="qwen3")
     run_loss(algorithm, draft, tables, pack([lab.document(20)])).loss_sum.backward()
     assert all(bool((p.grad != 0).any()) for p in draft.parameters())
 
@@ -118,7 +119,9 @@ def test_a_fresh_draft_depends_on_its_seed_alone(lab, eagle3):
 
 
 def test_served_state_has_the_served_names(lab, eagle3):
-    draft = lab.draft(eagle3(), lab.tables(), fc_norm=True, norm_before_fc=True, qk_norm=True, draft_vocab_size=13)
+    draft = lab.draft(
+        eagle3(), lab.tables(), fc_norm=True, norm_before_fc=True, architecture="qwen3", draft_vocab_size=13
+    )
     state = draft.served_state()
     layer = [
         "input_layernorm",

@@ -120,6 +120,7 @@ def test_ties_of_counts_go_to_the_lower_id():
 
 
 def test_vocabulary_maps_are_inverse_to_each_other():
+    """Oracle 15. Also the round trip of draft ids."""
     generator = torch.Generator().manual_seed(0)
     kept = kept_ids(torch.randint(0, 9, (200,), generator=generator), 57)
     d2t, t2d = vocabulary_maps(kept, 200)

@@ -2,10 +2,13 @@ import json
 
 import pytest
 
+from specforge.algorithms.catalog import ALGORITHMS
 from specforge.demo.corpus import Module, standard_library_modules
 from specforge.demo.prompts import CutPrompt, cut_prompts, record_responses
 from specforge.demo.run import (
+    DRAFTS,
     PACKAGED_TARGET,
+    Demo,
     DemoOptions,
     DemoRecipe,
     Phases,
@@ -107,6 +110,20 @@ def test_a_demo_directory_is_continued_only_with_what_it_was_begun_with(tmp_path
     with pytest.raises(UserError, match="begun with train_target False, not True; resume it without --train-target"):
         open_demo(DemoOptions(out, train_target=True, resume=True), DemoRecipe())
     assert open_demo(DemoOptions(out, resume=True), DemoRecipe()) == begun
+
+
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+def test_every_algorithm_has_a_recipe_for_the_same_samples(tmp_path, algorithm):
+    demo = open_demo(DemoOptions(tmp_path, algorithm=algorithm), DemoRecipe())
+    config = demo.run_config()
+    assert config.algorithm.name == algorithm
+    assert config.training.lr == DRAFTS[algorithm].lr
+    assert DRAFTS[algorithm].options.items() <= config.algorithm.model_dump().items()
+    other = Demo(tmp_path, demo.seed, demo.topology, "eagle3", demo.recipe, train_target=False).run_config()
+    same = ("run_dir", "seed", "topology", "target", "data", "control_plane", "evaluation")
+    assert config.model_dump(include=set(same)) == other.model_dump(include=set(same))
+    with pytest.raises(UserError, match=f"begun with algorithm {algorithm}, not other"):
+        open_demo(DemoOptions(tmp_path, algorithm="other", resume=True), DemoRecipe())
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}}', '{"settings": {}, "recipe": {"odd": 1}}'])

@@ -7,12 +7,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from specforge.algorithms.base import Proposal, Proposer
+from specforge.algorithms.base import DraftRequest, Proposal, Proposer
 from specforge.contracts.capture import CaptureSpec
 from specforge.errors import DataError
 from specforge.evaluation import speculative as module
 from specforge.evaluation.report import DecodedPrompt, distinct_ngrams, summarise
-from specforge.evaluation.speculative import SpeculativeDecoder, count_accepted, first_mismatch
+from specforge.evaluation.speculative import SpeculativeDecoder, first_mismatch
+from specforge.evaluation.verification import Verdict, verify_greedy
 from specforge.inference.engine import TargetSession
 from specforge.inference.huggingface import HFTargetEngine
 
@@ -55,8 +56,8 @@ class OracleProposer(Proposer):
     def reset(self) -> None:
         pass
 
-    def propose(self, tokens: list[int], features: Mapping[str, Tensor], num_proposals: int) -> Proposal:
-        return Proposal(self._engine.generate([tokens], num_proposals)[0].token_ids)
+    def propose(self, tokens: list[int], features: Mapping[str, Tensor], request: DraftRequest) -> Proposal:
+        return Proposal(self._engine.generate([tokens], request.num_proposals)[0].token_ids)
 
 
 class PartlyRightProposer(OracleProposer):
@@ -66,8 +67,8 @@ class PartlyRightProposer(OracleProposer):
         super().__init__(engine)
         self._num_right = num_right
 
-    def propose(self, tokens: list[int], features: Mapping[str, Tensor], num_proposals: int) -> Proposal:
-        right = list(super().propose(tokens, features, num_proposals).tokens)
+    def propose(self, tokens: list[int], features: Mapping[str, Tensor], request: DraftRequest) -> Proposal:
+        right = list(super().propose(tokens, features, request).tokens)
         if len(right) > self._num_right:
             right[self._num_right] = (right[self._num_right] + 1) % 48
         return Proposal(tuple(right))
@@ -83,16 +84,16 @@ class RandomProposer(Proposer):
     def reset(self) -> None:
         self.rows = []
 
-    def propose(self, tokens: list[int], features: Mapping[str, Tensor], num_proposals: int) -> Proposal:
+    def propose(self, tokens: list[int], features: Mapping[str, Tensor], request: DraftRequest) -> Proposal:
         self.rows.append(features["aux"])
         assert sum(len(rows) for rows in self.rows) == len(tokens) - 1
-        count = int(torch.randint(0, num_proposals + 1, (1,), generator=self._generator))
+        count = int(torch.randint(0, request.num_proposals + 1, (1,), generator=self._generator))
         return Proposal(tuple(torch.randint(0, 48, (count,), generator=self._generator).tolist()))
 
 
 @pytest.mark.parametrize("num_proposals", [1, 2, 5])
 def test_oracle_draft_is_always_accepted(engine: HFTargetEngine, num_proposals: int):
-    """Oracle test 48: accepted length = l + 1."""
+    """Oracle 48. Accepted length = l + 1."""
     decoder = SpeculativeDecoder(engine, OracleProposer(engine), SPEC, num_proposals)
     report = decoder.evaluate(prompts(), NUM_NEW)
     assert report.accepted_length_mean == num_proposals + 1
@@ -105,7 +106,7 @@ def test_oracle_draft_is_always_accepted(engine: HFTargetEngine, num_proposals: 
 
 @pytest.mark.parametrize("num_proposals", [1, 4])
 def test_random_draft_gives_the_exact_output(engine: HFTargetEngine, num_proposals: int):
-    """Oracle tests 45 and 49."""
+    """Oracle 49. Random tokens, in random number."""
     report = SpeculativeDecoder(engine, RandomProposer(), SPEC, num_proposals).evaluate(prompts(6), NUM_NEW)
     assert report.lossless
     assert report.num_mismatches == report.num_near_ties == 0
@@ -142,7 +143,7 @@ def test_features_of_accepted_positions_equal_a_capture(engine: HFTargetEngine):
 
 @pytest.mark.parametrize("position", [0, 1, 4, 7, 20])
 def test_stop_token_ends_both_outputs_at_the_same_place(engine: HFTargetEngine, position: int):
-    """Oracle test 50: stops in the prefill, inside an accepted run and as the extra token."""
+    """Oracle 50. Stops in the prefill, inside an accepted run and as the extra token."""
     (prompt,) = prompts(3)[2:]
     free = engine.generate([prompt], NUM_NEW)[0].token_ids
     first = free.index(free[position])
@@ -163,10 +164,11 @@ def test_length_limit_cuts_the_last_round_and_leaves_it_out(engine: HFTargetEngi
 
 
 def test_verifier_that_accepts_too_much_is_found_out(engine: HFTargetEngine, monkeypatch: pytest.MonkeyPatch):
-    def one_too_many(proposals: Sequence[int], greedy: Sequence[int]) -> int:
-        return min(count_accepted(proposals, greedy) + 1, len(proposals))
+    def one_too_many(proposal: Proposal, choices: Sequence[int]) -> Verdict:
+        count = min(len(verify_greedy(proposal, choices).accepted) + 1, len(proposal.tokens))
+        return Verdict(tuple(range(count)), choices[count])
 
-    monkeypatch.setattr(module, "count_accepted", one_too_many)
+    monkeypatch.setattr(module, "verify_greedy", one_too_many)
     report = SpeculativeDecoder(engine, PartlyRightProposer(engine, 1), SPEC, 3).evaluate(prompts(), NUM_NEW)
     assert report.lossless is False
     assert report.num_mismatches == 4

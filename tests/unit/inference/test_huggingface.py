@@ -37,7 +37,7 @@ def captured(engine: HFTargetEngine, ids: tuple[int, ...], spec: CaptureSpec = A
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_captured_layers_are_the_hidden_states_of_transformers(target_dir: TargetDir, architecture: str):
-    """Oracle test 1: aux equals hidden_states[id + 1], not [id]; the head over ``last`` gives the model's logits."""
+    """Oracle 1. aux equals hidden_states[id + 1], not [id]; the head over ``last`` gives the model's logits."""
     engine = HFTargetEngine(target_dir(architecture))
     ids = prompt(20)
     features = captured(engine, ids)
@@ -88,7 +88,7 @@ def test_padded_batch_continues_every_prompt_as_if_alone(target_dir: TargetDir, 
 
 
 def test_last_hidden_state_predicts_the_greedy_continuation(engine: HFTargetEngine):
-    """Oracle test 2: features are stored unshifted."""
+    """Oracle 2. Features are stored unshifted."""
     start = prompt(6)
     (generation,) = engine.generate([start], 20)
     ids = (*start, *generation.token_ids)

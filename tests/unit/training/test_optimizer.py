@@ -22,6 +22,7 @@ def give_gradients(parameters, seed: int, scale: float = 1.0) -> None:
 
 
 def test_model_weights_are_the_rounded_masters():
+    """Oracle 44."""
     parameters, optimizer = make(torch.bfloat16)
     for step in range(3):
         give_gradients(parameters, step)
@@ -33,6 +34,7 @@ def test_model_weights_are_the_rounded_masters():
 
 
 def test_clip_uses_the_norm_of_all_gradients_together():
+    """Oracle 42. The norm is global; the vectors of four whole steps are run by ``specforge.testing.golden``."""
     parameters, optimizer = make(torch.float32, max_grad_norm=0.5, betas=(0.0, 0.0), eps=1.0)
     give_gradients(parameters, 1, scale=10.0)
     gradients = torch.cat([p.grad.flatten() for p in parameters.values()])
@@ -43,6 +45,27 @@ def test_clip_uses_the_norm_of_all_gradients_together():
     after = torch.cat([p.detach().flatten() for p in parameters.values()])
     # with both betas 0 and eps 1, AdamW's update is g / (|g| + 1)
     assert torch.allclose(before - after, clipped / (clipped.abs() + 1.0), atol=1e-6)
+
+
+def test_adamw_on_masters_follows_its_formula():
+    """Oracle 42. Decoupled decay, moments of the clipped gradients, in fp64 beside it."""
+    parameters, optimizer = make(torch.bfloat16, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=0.5)
+    masters = {name: p.detach().double() for name, p in parameters.items()}
+    moments = {name: (torch.zeros_like(m), torch.zeros_like(m)) for name, m in masters.items()}
+    for step in range(1, 5):
+        give_gradients(parameters, step, scale=0.1 * step)
+        gradients = {name: p.grad.double() for name, p in parameters.items()}
+        norm = sum(float((g**2).sum()) for g in gradients.values()) ** 0.5
+        assert optimizer.step(0.01) == pytest.approx(norm, rel=1e-6)
+        for name, gradient in gradients.items():
+            clipped = gradient * min(1.0, 0.5 / (norm + 1e-6))
+            first, second = moments[name]
+            first, second = 0.9 * first + 0.1 * clipped, 0.99 * second + 0.01 * clipped**2
+            moments[name] = first, second
+            slope = (first / (1 - 0.9**step)) / ((second / (1 - 0.99**step)).sqrt() + 1e-8)
+            masters[name] = masters[name] * (1 - 0.01 * 0.1) - 0.01 * slope
+            found = optimizer.state_tensors()[f"master.{name}"]
+            assert torch.allclose(found.double(), masters[name], atol=1e-6)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -1,5 +1,6 @@
 """The loop alone: a linear draft, batches made by hand, a recording ledger."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from specforge.algorithms.base import Algorithm, DraftModel, StepOutput, TargetTables
+from specforge.algorithms.base import Algorithm, DraftModel, Runs, StepContext, StepOutput, TargetTables
 from specforge.contracts.batches import StepBatches, TrainBatch
 from specforge.contracts.refs import Slot
 from specforge.errors import DraftError
@@ -25,11 +26,14 @@ class LinearDraft(DraftModel):
 
 
 class SquaredError(Algorithm):
-    """Row loss (w.x - 1)^2 over rows whose loss mask is set."""
+    """Row loss (w.x - 1)^2 over rows whose loss mask is set, weighted by the step that it is told (and keeps)."""
 
     name = "squared-error"
 
-    def capture_spec(self, target, dtype):
+    def __init__(self):
+        self.contexts: list[StepContext] = []
+
+    def capture_spec(self, config, dtype):
         raise NotImplementedError
 
     def draft_config(self, target):
@@ -41,17 +45,18 @@ class SquaredError(Algorithm):
     def proposer(self, draft, tables):
         raise NotImplementedError
 
-    def num_supervised(self, batch):
-        return int(batch.loss_mask.sum())
+    def supervised_weight(self, batch, context):
+        return float(batch.loss_mask.sum())
 
     def forward_loss(self, draft, tables, batch, context):
+        self.contexts.append(context)
         errors = (draft.fc(batch.features["x"]).squeeze(-1) - 1) * batch.loss_mask
-        zero = torch.zeros(())
+        none = torch.zeros(0, dtype=torch.int64)
         return StepOutput(
-            loss_sum=(errors**2).sum(),
+            loss_sum=(errors**2).sum() * (1.0 - context.global_step / context.total_steps),
             correct=torch.zeros(1),
             count=torch.ones(1),
-            run_length=(zero, zero),
+            runs=Runs(none, none),
             metrics={},
         )
 
@@ -92,17 +97,23 @@ def steps(first: int, last: int, splits: int = 1):
         yield StepBatches(tuple(batch_of(*part) for part in parts), slots, 2 * step + 2)
 
 
-def make(directory: Path, identity: dict | None = None, total_steps: int = 10):
+def make(
+    directory: Path,
+    identity: dict | None = None,
+    total_steps: int = 10,
+    settings: OptimizerSettings | None = None,
+    algorithm: SquaredError | None = None,
+):
     torch.manual_seed(0)
     draft, ledger, log = LinearDraft(), Recorder(), []
     trainer = Trainer(
         Trainable(
-            SquaredError(),
+            algorithm or SquaredError(),
             draft,
             TargetTables(torch.zeros(1), torch.zeros(1)),
             Provenance(identity or {"seed": 0}, {"h": 4}, {}),
         ),
-        MasterOptimizer(dict(draft.named_parameters()), OptimizerSettings()),
+        MasterOptimizer(dict(draft.named_parameters()), settings or OptimizerSettings()),
         Schedule("cosine", 1e-2, total_steps=10),
         TrainerSettings(total_steps=total_steps, checkpoint_every=4, seed=0),
         Checkpointer(directory),
@@ -159,12 +170,16 @@ def test_the_update_does_not_depend_on_how_rows_are_split_into_micro_batches(tmp
     assert torch.allclose(weights[0], weights[2], atol=1e-7)
 
 
-def test_resumed_training_ends_with_the_same_bits(tmp_path):
-    straight, draft, *_ = make(tmp_path / "straight")
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_resumed_training_ends_with_the_same_bits(tmp_path, kind):
+    """Oracle 43. Masters, moments, learning rate, and the step that a schedule inside the loss sees."""
+    settings, told = OptimizerSettings(kind=kind), SquaredError()
+    straight, draft, *_ = make(tmp_path / "straight", settings=settings, algorithm=told)
     straight.fit(steps(0, 10))
-    first, *_ = make(tmp_path / "run")
+    first, *_ = make(tmp_path / "run", settings=settings)
     first.fit(steps(0, 8))
-    resumed, other, ledger, _ = make(tmp_path / "run")
+    told_after = SquaredError()
+    resumed, other, ledger, _ = make(tmp_path / "run", settings=settings, algorithm=told_after)
     checkpoint = Checkpointer(tmp_path / "run").latest()
     assert checkpoint is not None
     resumed.restore(checkpoint)
@@ -172,6 +187,13 @@ def test_resumed_training_ends_with_the_same_bits(tmp_path):
     resumed.fit(steps(8, 10))
     assert torch.equal(draft.fc.weight, other.fc.weight)
     assert [step for _, step in ledger.acks] == [9, 10]
+    assert told_after.contexts == told.contexts[8:] == [StepContext(8, 10, 0), StepContext(9, 10, 0)]
+
+
+def test_all_micro_batches_of_a_step_see_the_same_number_of_completed_steps(tmp_path):
+    algorithm = SquaredError()
+    make(tmp_path, algorithm=algorithm)[0].fit(steps(0, 3, splits=4))
+    assert [context.global_step for context in algorithm.contexts] == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_a_requested_stop_leaves_a_checkpoint_of_the_step_that_was_running(tmp_path):
@@ -197,14 +219,49 @@ def test_training_ends_at_the_last_step_although_batches_go_on(tmp_path):
     assert ledger.acks == []
 
 
-def test_non_finite_features_leave_the_weights_finite_and_are_counted(tmp_path):
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_one_poisoned_sample_among_eight_gives_the_update_of_the_other_seven(tmp_path, poison):
+    x, mask = rows(3, 24)
+    documents, lengths = torch.arange(24) // 3, (3,) * 8
+
+    def batch(features, supervised):
+        ids = torch.arange(24)
+        names = tuple(map(str, range(8)))
+        return TrainBatch(ids, supervised, ids % 3, documents, {"x": features}, lengths, names, ())
+
+    without = batch(x, mask & (documents != 5))
+    poisoned = x.clone()
+    poisoned[16, 2] = poison
+    updates = []
+    for name, found in (("seven", without), ("eight", batch(poisoned, mask))):
+        trainer, draft, _, log = make(tmp_path / name)
+        trainer.fit([StepBatches((found,), (Slot(0, 0),), 8), *steps(1, 3)])
+        updates.append(draft.fc.weight.detach().clone())
+    assert torch.equal(updates[0], updates[1])
+    assert trainer.position.num_nonfinite_samples == 1
+    assert trainer.position.num_skipped_updates == 0
+    assert [scalars["num_nonfinite_samples"] for _, scalars in log] == [1, 1, 1]
+    assert all(math.isfinite(scalars["loss"]) for _, scalars in log)
+    assert Checkpointer(tmp_path / "eight").latest().position.num_nonfinite_samples == 1
+
+
+def test_a_step_of_poisoned_samples_alone_is_consumed_without_an_update(tmp_path):
+    trainer, draft, ledger, _ = make(tmp_path)
+    before = draft.fc.weight.detach().clone()
+    poisoned = batch_of(torch.full((2, 4), float("nan")), torch.ones(2, dtype=torch.bool))
+    trainer.fit([StepBatches((poisoned,), (Slot(0, 0),), 1)])
+    assert torch.equal(before, draft.fc.weight)
+    assert [step for _, step in ledger.acks] == [1]
+    assert (trainer.position.num_nonfinite_samples, trainer.position.num_skipped_updates) == (1, 0)
+
+
+def test_non_finite_gradients_leave_the_weights_finite_and_are_counted(tmp_path):
     trainer, draft, _, log = make(tmp_path)
-    poisoned = StepBatches(
-        (batch_of(torch.full((2, 4), float("nan")), torch.ones(2, dtype=torch.bool)),), (Slot(0, 0),), 1
-    )
-    trainer.fit([*steps(0, 2), poisoned, *steps(2, 4)])
+    overflowing = batch_of(torch.full((2, 4), 1e30), torch.ones(2, dtype=torch.bool))
+    trainer.fit([*steps(0, 2), StepBatches((overflowing,), (Slot(0, 0),), 1), *steps(2, 4)])
     assert torch.isfinite(draft.fc.weight).all()
     assert trainer.position.num_skipped_updates == 1
+    assert trainer.position.num_nonfinite_samples == 0
     assert log[-1][1]["num_skipped_updates"] == 1
 
 

@@ -2,88 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
-from specforge.errors import DraftError
+from specforge.algorithms.parts.architectures import (
+    ArchitectureConfig,
+    ArchitectureOptions,
+    draft_architecture,
+    num_elements,
+)
 
 LayerId = Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True, slots=True)
-class Eagle3DraftConfig:
-    """The architecture of one EAGLE-3 draft: everything that its served ``config.json`` needs.
+@dataclass(frozen=True, kw_only=True)
+class Eagle3DraftConfig(ArchitectureConfig):
+    """The architecture of one EAGLE-3 draft."""
 
-    ``aux_layers`` are ids "output of decoder layer i, 0-based" of a target with ``target_num_layers`` layers.
-    ``rope_scaling`` is ``None`` for plain RoPE. ``draft_vocab_size == vocab_size`` means that nothing is pruned.
-    ``qk_norm`` puts an RMSNorm on every query and key head before RoPE. ``trains_embedding`` is true for drafts that
-    own their token embedding (EAGLE-3 shares the target's).
-    """
-
-    hidden_size: int
-    target_hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-    max_position_embeddings: int
-    vocab_size: int
-    draft_vocab_size: int
-    aux_layers: tuple[int, ...]
-    target_num_layers: int
     fc_norm: bool = False
     norm_output: bool = False
     norm_before_residual: bool = False
     norm_before_fc: bool = False
-    qk_norm: bool = False
-    trains_embedding: bool = False
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all weights, the frozen ones included; vocabulary maps are not weights."""
         hidden, fused = self.hidden_size, len(self.aux_layers) * self.target_hidden_size
-        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         matrices = (
             hidden * fused  # fc
-            + 2 * hidden * (queries + 2 * keys)  # q, k, v read embedding and hidden state
-            + queries * hidden  # o
             + 3 * hidden * self.intermediate_size
             + self.draft_vocab_size * hidden  # lm_head
         )
-        norms = 4 * hidden + (self.fc_norm + self.norm_before_fc) * fused + 2 * self.qk_norm * self.head_dim
-        return matrices + norms
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data; ``from_dict`` is its inverse."""
-        return {**asdict(self), "aux_layers": list(self.aux_layers)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Eagle3DraftConfig:
-        """The config in ``values``. An unknown or a missing key is a :class:`DraftError`."""
-        known = {field.name: field for field in fields(cls)}
-        if unknown := sorted(set(values) - set(known)):
-            raise DraftError(
-                f"the draft config has the key {unknown[0]!r}, which no EAGLE-3 draft has; "
-                f"expected keys are {', '.join(known)}; remove it or read the draft with the version that wrote it"
-            )
-        required = [name for name, field in known.items() if field.default is MISSING]
-        if missing := [name for name in required if name not in values]:
-            raise DraftError(
-                f"the draft config lacks the key {missing[0]!r}, which an EAGLE-3 draft needs; "
-                "the file is incomplete: write the draft again"
-            )
-        return cls(**{**values, "aux_layers": tuple(values["aux_layers"])})
+        # its input is the token's embedding beside the hidden state
+        attention = num_elements(draft_architecture(self.architecture).shapes(self, 2 * hidden))
+        norms = 4 * hidden + (self.fc_norm + self.norm_before_fc) * fused
+        return matrices + attention + norms
 
 
-class Eagle3Options(BaseModel):
+class Eagle3Options(ArchitectureOptions):
     """Options of EAGLE-3 training (``algorithm`` section of a run). Sizes default to the target's own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["eagle3"] = Field("eagle3", description="The algorithm these options belong to.")
     ttt_steps: PositiveInt = Field(7, description="Steps of the training-time-test unroll: tokens drafted in training.")
@@ -94,6 +52,24 @@ class Eagle3Options(BaseModel):
         2,
         description="Row j of step k is supervised where the loss mask of token j + offset + k is set. 2 is the token "
         "that the row predicts; 0 and 1 are the alignments of other public trainers.",
+    )
+    loss: Literal["soft_ce", "lk_alpha", "lk_hybrid", "lk_batch"] = Field(
+        "soft_ce",
+        description="Loss of a row. soft_ce: cross entropy against the teacher. lk_alpha: -log of the chance alpha "
+        "that a sampled token is accepted. lk_hybrid: soft_ce and 1 - alpha, mixed by each row's alpha. lk_batch: "
+        "mixed by the mean alpha of the step's rows in the micro-batch, so it depends on how samples are grouped.",
+    )
+    lk_decay: float = Field(
+        3.0,
+        ge=0.0,
+        description="lk_hybrid, lk_batch: the share of soft_ce is lk_scale * exp(-lk_decay * alpha).",
+    )
+    lk_scale: float = Field(1.0, gt=0.0, le=1.0, description="lk_hybrid, lk_batch: share of soft_ce where alpha is 0.")
+    normalisation: Literal["token_mean", "sample_mean", "micro_batch_mean"] = Field(
+        "token_mean",
+        description="What the loss of an optimizer step is the mean over. token_mean: supervised rows. sample_mean: "
+        "samples, each the mean of its rows. micro_batch_mean: micro-batches, each the mean of its rows, so it "
+        "depends on how samples are grouped.",
     )
     freeze_lm_head: bool = Field(False, description="Keep the draft's output head at the target's rows.")
     draft_vocab_size: PositiveInt | None = Field(
@@ -110,9 +86,3 @@ class Eagle3Options(BaseModel):
         False, description="The residual of the attention block is the normed hidden state instead of the raw one."
     )
     norm_before_fc: bool = Field(False, description="One RMSNorm over all auxiliary blocks before they are fused.")
-    intermediate_size: PositiveInt | None = Field(None, description="Width of the draft's MLP; null: the target's.")
-    num_attention_heads: PositiveInt | None = Field(None, description="Query heads of the draft; null: the target's.")
-    num_key_value_heads: PositiveInt | None = Field(
-        None, description="Key/value heads of the draft; null: the target's."
-    )
-    head_dim: PositiveInt | None = Field(None, description="Size of an attention head; null: the target's.")

@@ -66,6 +66,22 @@ def supervised_rows(batch: TrainBatch[Tensor], num_steps: int, mask_offset: int)
     return inside & batch.loss_mask.to(torch.bool)[labels.clamp(max=max(num_tokens - 1, 0))]
 
 
+def row_weights(batch: TrainBatch[Tensor], first: Tensor, normalisation: str) -> tuple[Tensor, float]:
+    """Weight of the rows of each token in the loss, fp32 [T], and the divisor that belongs to it.
+
+    ``first`` bool [T] are the rows that are supervised at step 0: a sample, or a batch, has one of them iff it has a
+    supervised row at any step. The weights of ``first`` add up to the divisor.
+    """
+    if normalisation == "token_mean":
+        return torch.ones(first.numel(), device=first.device), float(first.sum())
+    if normalisation == "micro_batch_mean":
+        num_rows = int(first.sum())
+        return torch.full((first.numel(),), 1.0 / max(1, num_rows), device=first.device), float(num_rows > 0)
+    counts = torch.zeros(len(batch.lengths), dtype=torch.int64, device=first.device)
+    counts.index_add_(0, batch.document_ids, first.long())
+    return (1.0 / counts.clamp(min=1))[batch.document_ids], float((counts > 0).sum())
+
+
 def plan_unroll(batch: TrainBatch[Tensor], supervised: Tensor) -> tuple[UnrollPlan, Supervision]:
     """The plan that computes exactly the rows that ``supervised`` [K, T] names at any step.
 

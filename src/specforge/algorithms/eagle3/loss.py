@@ -1,17 +1,31 @@
 """EAGLE-3: the loss and the metrics of one micro-batch, all as sums (docs/algorithms/eagle3.md).
 
-Legend: T packed tokens, R computed rows, K unroll steps, M supervised (step, row) pairs in step-major order.
+Legend: T packed tokens, R computed rows, K unroll steps, M supervised (step, row) pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from specforge.algorithms.base import StepOutput, TargetTables
+from specforge.algorithms.base import Runs, StepOutput, TargetTables
+from specforge.algorithms.eagle3.config import Eagle3Options
 from specforge.algorithms.eagle3.features import Supervision, UnrollPlan
 from specforge.algorithms.eagle3.model import Eagle3Draft
-from specforge.algorithms.parts.losses import RowLosses, Teacher, soft_cross_entropy, teach
+from specforge.algorithms.parts.losses import (
+    Distance,
+    SoftTargets,
+    Source,
+    Teacher,
+    WeighedTargets,
+    cross_entropy,
+    fused_loss,
+    lk_hybrid,
+    negative_log_acceptance,
+)
 from specforge.algorithms.parts.vocabulary import target_ids
 from specforge.contracts.batches import TrainBatch
 
@@ -29,7 +43,71 @@ def make_teacher(
     """The teacher at exactly the tokens that some supervised row needs."""
     needed = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
     needed[supervision.teachers[supervision.mask]] = True
-    return teach(tables, batch.features["last"], needed, draft.t2d)
+    return Teacher(tables, batch.features["last"], needed, draft.t2d)
+
+
+@dataclass(frozen=True, slots=True)
+class LossRows:
+    """The supervised (step, row) pairs, sorted by teacher.
+
+    ``steps`` and ``teacher_rows`` int64 [M]; ``weights`` fp32 [M], 0 for a teacher token that the draft does not have,
+    which ``known`` bool [M] marks.
+    """
+
+    teacher: Teacher
+    steps: Tensor
+    teacher_rows: Tensor
+    weights: Tensor
+    known: Tensor
+    num_steps: int
+
+    def by_step(self, values: Tensor) -> Tensor:
+        """Sums fp64 [K] over the rows of each step whose teacher token the draft has."""
+        sums = torch.zeros(self.num_steps, dtype=torch.float64, device=values.device)
+        return sums.index_add_(0, self.steps, values.double() * self.known)
+
+
+RowLoss = Callable[[LossRows, Source], SoftTargets]
+"""Makes the objective of the rows; the source is there to be measured first."""
+
+
+def per_row(distance: Distance) -> RowLoss:
+    """A loss in which no row depends on another."""
+    return lambda rows, _source: SoftTargets(rows.teacher, rows.teacher_rows, rows.weights, distance)
+
+
+def batch_mixture(decay: float, scale: float) -> RowLoss:
+    """``lam * CE + (1 - lam) * (1 - alpha)`` with ``lam = scale * exp(-decay * (mean alpha of the step's rows))``.
+
+    The mean is over the micro-batch, and it is measured first: every logit is computed twice.
+    """
+
+    def make(rows: LossRows, source: Source) -> SoftTargets:
+        share = (scale * torch.exp(-decay * mean_overlaps(rows, source)))[rows.steps]
+        return WeighedTargets(rows.teacher, rows.teacher_rows, rows.weights, (share, 1.0 - share))
+
+    return make
+
+
+@torch.no_grad()
+def mean_overlaps(rows: LossRows, source: Source) -> Tensor:
+    """Mean overlap of the rows of each step whose teacher token the draft has, fp32 [K], 0 without such a row."""
+    objective = SoftTargets(rows.teacher, rows.teacher_rows, rows.weights)
+    fused_loss([source], objective)
+    counts = rows.by_step(torch.ones_like(objective.overlap))
+    return (rows.by_step(objective.overlap) / counts.clamp(min=1)).float()
+
+
+def row_loss(options: Eagle3Options) -> RowLoss:
+    """The loss that ``options`` name."""
+    if options.loss == "lk_batch":
+        return batch_mixture(options.lk_decay, options.lk_scale)
+    distances = {
+        "soft_ce": cross_entropy,
+        "lk_alpha": negative_log_acceptance,
+        "lk_hybrid": lk_hybrid(options.lk_decay, options.lk_scale),
+    }
+    return per_row(distances[options.loss])
 
 
 def unroll_loss(
@@ -37,53 +115,51 @@ def unroll_loss(
     readouts: list[Tensor],
     supervision: Supervision,
     teacher: Teacher,
-    step_weights: Tensor,
+    weights: Tensor,
+    loss: RowLoss,
 ) -> StepOutput:
-    """``sum over k of step_weights[k] * sum over supervised rows of CE``, undivided, and the metrics.
+    """``sum over k and supervised rows of weights * loss``, undivided, and the metrics.
 
-    ``step_weights`` fp32 [K]. Rows whose teacher token is outside the draft vocabulary add nothing to the loss and
-    still count as supervised (as misses in the accuracy). Metrics by step: ``loss_step_k`` (sum of CE over supervised
-    rows, their number), ``acceptance_rate_k`` (sum of min(p, q) over the rows with an in-vocabulary teacher, their
-    number); over all steps: ``in_vocabulary``.
+    ``weights`` fp32 [K, R], or of a shape that expands to it. Rows whose teacher token is outside the draft vocabulary
+    add nothing to the loss and still count as supervised (as misses in the accuracy). Metrics: :func:`metric_names`.
     """
-    steps, rows = supervision.mask.nonzero(as_tuple=True)
-    num_rows = supervision.mask.shape[1]
-    teacher_rows = teacher.slots[supervision.teachers[steps, rows]]
-    known = teacher.in_vocabulary[teacher_rows].float()
-    flat = torch.cat(readouts).index_select(0, steps * num_rows + rows)
-    weights = step_weights.to(known.device)[steps] * known
-    loss, details = soft_cross_entropy(flat, draft.lm_head.weight, teacher, teacher_rows, weights)
-    right = target_ids(draft.d2t)[details.proposal] == teacher.best[teacher_rows]
+    num_steps, num_rows = supervision.mask.shape
+    steps, places = supervision.mask.nonzero(as_tuple=True)
+    teacher_rows, order = teacher.slots[supervision.teachers[steps, places]].sort(stable=True)
+    steps, places = steps[order], places[order]
+    known = teacher.known(teacher_rows)
+    row_weights = weights.to(known.device).expand(num_steps, num_rows)[steps, places] * known
+    rows = LossRows(teacher, steps, teacher_rows, row_weights, known, num_steps)
+    source = Source(torch.cat(readouts).index_select(0, steps * num_rows + places), draft.lm_head.weight)
+    objective = loss(rows, source)
+    loss_sum = fused_loss([source], objective)
     correct = torch.zeros_like(supervision.mask)
-    correct[steps, rows] = right
-    first = supervision.mask[0]
-    runs = 1 + correct.cumprod(0).sum(0)
+    correct[steps, places] = target_ids(draft.d2t)[objective.proposal] == objective.teacher_best
+    first, counts = supervision.mask[0], supervision.mask.sum(1)
     return StepOutput(
-        loss_sum=loss,
+        loss_sum=loss_sum,
         correct=correct.sum(1),
-        count=supervision.mask.sum(1),
-        run_length=(runs[first].sum(), first.sum()),
-        metrics=_metrics(details, steps, known, supervision.mask.sum(1)),
+        count=counts,
+        runs=Runs(supervision.teachers[0, first], correct[:, first].cumprod(0).sum(0)),
+        metrics=_metrics(objective, rows, counts),
     )
 
 
-def empty_output(draft: Eagle3Draft, num_steps: int) -> StepOutput:
-    """Zeros that reach every trainable parameter, whatever values the parameters have."""
-    loss = torch.stack([p.flatten()[:0].sum() for p in draft.parameters() if p.requires_grad]).sum().float()
-    none = torch.zeros(num_steps, dtype=torch.int64, device=loss.device)
-    rows = RowLosses(none[:0].float(), none[:0], none[:0].float())
-    return StepOutput(loss, none, none.clone(), (none[0], none[0]), _metrics(rows, none[:0], none[:0].float(), none))
+def metric_names(num_steps: int) -> tuple[str, ...]:
+    """What :func:`unroll_loss` measures, each a sum and its number.
+
+    Over all steps: ``in_vocabulary`` (rows whose teacher token the draft has, all supervised rows). By step:
+    ``loss_step_k`` (losses before their weights, supervised rows), ``acceptance_rate_k`` (sum of min(p, q) over the
+    rows whose teacher token the draft has, their number).
+    """
+    by_step = (f"{name}_{k}" for k in range(num_steps) for name in ("loss_step", "acceptance_rate"))
+    return ("in_vocabulary", *by_step)
 
 
-def _metrics(rows: RowLosses, steps: Tensor, known: Tensor, counts: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    def by_step(values: Tensor) -> Tensor:
-        return torch.zeros(counts.numel(), dtype=torch.float64, device=values.device).index_add_(
-            0, steps, values.double()
-        )
-
-    losses, overlaps, num_known = by_step(rows.cross_entropy * known), by_step(rows.overlap * known), by_step(known)
-    metrics = {"in_vocabulary": (num_known.sum(), counts.sum())}
-    for k in range(counts.numel()):
-        metrics[f"loss_step_{k}"] = (losses[k], counts[k])
-        metrics[f"acceptance_rate_{k}"] = (overlaps[k], num_known[k])
-    return metrics
+def _metrics(objective: SoftTargets, rows: LossRows, counts: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    losses, overlaps = rows.by_step(objective.losses), rows.by_step(objective.overlap)
+    num_known = rows.by_step(torch.ones_like(objective.losses))
+    pairs = [(num_known.sum(), counts.sum())]
+    for k in range(rows.num_steps):
+        pairs += [(losses[k], counts[k]), (overlaps[k], num_known[k])]
+    return dict(zip(metric_names(rows.num_steps), pairs, strict=True))

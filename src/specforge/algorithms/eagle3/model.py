@@ -3,7 +3,8 @@
 Parameters and buffers carry the names that SGLang and vLLM load.
 
 Legend: T packed tokens, C context tokens, R computed rows, K unroll steps, H hidden size of the draft, Ht of the
-target, n query heads, m key/value heads, d head size, W draft vocabulary, V target vocabulary.
+target, n query heads, m key/value heads, d size of a key head, e of a value head, W draft vocabulary, V target
+vocabulary.
 """
 
 from __future__ import annotations
@@ -18,54 +19,17 @@ from specforge.algorithms.eagle3.features import UnrollPlan
 from specforge.algorithms.parts.attention import unrolled_attention
 from specforge.algorithms.parts.mlp import SwiGLU
 from specforge.algorithms.parts.norm import RMSNorm
-from specforge.algorithms.parts.rotary import Rotary, rotate
+from specforge.algorithms.parts.projections import build_attention
 from specforge.algorithms.parts.vocabulary import vocabulary_maps
 from specforge.errors import DraftError
 
 
-class Eagle3Attention(nn.Module):
-    """Projections of the layer. Their input is ``concat(token, hidden)``, 2H wide, token half first.
-
-    The two halves are projected apart and added, so that a token is projected once for all steps that embed it.
-    """
-
-    def __init__(self, config: Eagle3DraftConfig) -> None:
-        super().__init__()
-        heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.head_counts = (heads, groups, groups)
-        self.head_dim = size
-        self.hidden_size = config.hidden_size
-        self.q_proj = nn.Linear(2 * config.hidden_size, heads * size, bias=False)
-        self.k_proj = nn.Linear(2 * config.hidden_size, groups * size, bias=False)
-        self.v_proj = nn.Linear(2 * config.hidden_size, groups * size, bias=False)
-        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.rotary = Rotary(size, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
-
-    def halves(self) -> tuple[Tensor, Tensor]:
-        """Weights of the token half and of the hidden half, [(n + 2m) * d, H] each: queries, keys, values in order."""
-        weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
-        token, hidden = weight.split(self.hidden_size, dim=1)
-        return token, hidden
-
-    @property
-    def num_query_features(self) -> int:
-        return self.head_counts[0] * self.head_dim
-
-    def queries(self, projected: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """[.., n*d] -> [.., n, d], turned by the rotary ``angles`` of the rows."""
-        heads = projected.unflatten(-1, (self.head_counts[0], self.head_dim))
-        return rotate(self.q_norm(heads), *angles)
-
-    def keys_values(self, projected: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """[.., 2*m*d] -> two of [.., m, d], the keys turned by the rotary ``angles`` of the rows."""
-        keys, values = projected.unflatten(-1, (2, self.head_counts[1], self.head_dim)).unbind(-3)
-        return rotate(self.k_norm(keys), *angles), values
-
-
 class Eagle3Layer(nn.Module):
-    """The decoder layer, without its attention pattern: the unroll and the proposer each bring their own."""
+    """The decoder layer, without its attention pattern: the unroll and the proposer each bring their own.
+
+    The attention reads ``concat(token, hidden)``, 2H wide, token half first. The unroll projects the two halves apart
+    and adds them, so that a token is projected once for all steps that embed it.
+    """
 
     def __init__(self, config: Eagle3DraftConfig) -> None:
         super().__init__()
@@ -73,14 +37,14 @@ class Eagle3Layer(nn.Module):
         self.input_layernorm = RMSNorm(size, eps)
         self.hidden_norm = RMSNorm(size, eps)
         self.post_attention_layernorm = RMSNorm(size, eps)
-        self.self_attn = Eagle3Attention(config)
+        self.self_attn = build_attention(config, 2 * size)
         self.mlp = SwiGLU(size, config.intermediate_size)
         self.norm_before_residual = config.norm_before_residual
 
     def finish(self, hidden: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
         """Residual, output projection and MLP.
 
-        ``hidden`` [R, H] entered the layer, ``normed`` is its ``hidden_norm``, ``attended`` [R, n, d] the attention.
+        ``hidden`` [R, H] entered the layer, ``normed`` is its ``hidden_norm``, ``attended`` [R, n, e] the attention.
         """
         residual = (normed if self.norm_before_residual else hidden) + self.self_attn.o_proj(attended.flatten(-2))
         output: Tensor = residual + self.mlp(self.post_attention_layernorm(residual))
@@ -140,7 +104,7 @@ class Eagle3Draft(DraftModel):
         """
         layer, attention = self.midlayer, self.midlayer.self_attn
         split = attention.num_query_features
-        token_weight, hidden_weight = attention.halves()
+        token_weight, hidden_weight = attention.input_weight().chunk(2, dim=1)
         token_part = F.linear(layer.input_layernorm(token_embeddings.to(self.fc.weight.dtype)), token_weight)
         all_hidden = self.fuse(aux.index_select(0, plan.context))
         all_normed = layer.hidden_norm(all_hidden)
@@ -166,14 +130,8 @@ class Eagle3Draft(DraftModel):
 
 
 def _check(config: Eagle3DraftConfig) -> None:
-    if config.hidden_size != config.target_hidden_size or config.trains_embedding:
+    if config.hidden_size != config.target_hidden_size:
         raise DraftError(
             f"an EAGLE-3 draft embeds tokens with the target's table, so its hidden_size must be the target's "
-            f"{config.target_hidden_size} and trains_embedding false; got {config.hidden_size} and "
-            f"{config.trains_embedding}; change the draft config"
-        )
-    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise DraftError(
-            f"num_attention_heads ({config.num_attention_heads}) must be a multiple of num_key_value_heads "
-            f"({config.num_key_value_heads}) and head_dim ({config.head_dim}) even; change the draft config"
+            f"{config.target_hidden_size}, got {config.hidden_size}; change the draft config"
         )

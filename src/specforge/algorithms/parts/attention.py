@@ -4,8 +4,8 @@ The query of row ``j`` at unroll step ``k`` sees the step-0 keys of rows ``<= j`
 step up to ``k``, the key of row ``j`` itself. The causal part is one product per document; the ``k`` diagonal columns
 join it in one softmax. There is no mask over a growing cache and none over the pack.
 
-Legend: T packed tokens, R computed rows (a subset of the tokens), n query heads, m key/value heads, g = n // m, d head
-size; in a group: D documents, Q rows, C columns, both padded.
+Legend: T packed tokens, R computed rows (a subset of the tokens), n query heads, m key/value heads, g = n // m, d size
+of a query or key head, e of a value head; in a group: D documents, Q rows, C columns, both padded.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ def unrolled_attention(
     context: tuple[Tensor, Tensor],
     own: Sequence[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Attention output [R, n, d] of one unroll step.
+    """Attention output [R, n, e] of one unroll step.
 
-    ``queries`` [R, n, d]; ``context`` keys and values of step 0, [T, m, d] each; ``own`` keys and values of the steps
-    1..k in order, [R, m, d] each. Softmax in fp32.
+    ``queries`` [R, n, d]; ``context`` keys [T, m, d] and values [T, m, e] of step 0; ``own`` keys [R, m, d] and values
+    [R, m, e] of the steps 1..k in order. Softmax in fp32, of scores divided by sqrt(d).
     """
     flat = [tensor for pair in own for tensor in pair]
     output: Tensor = _UnrolledAttention.apply(layout, queries, *context, *flat)  # type: ignore[no-untyped-call]
@@ -140,11 +140,11 @@ class _UnrolledAttention(torch.autograd.Function):
             )
             own_parts.append(_unfold_rows(group, diagonal, grouped.shape[2]))
             saved.append(probabilities)
-        output = _gather(parts, layout.row_slots).view_as(grouped)
+        output = _gather(parts, layout.row_slots)
         own_weights = _gather(own_parts, layout.row_slots).view_as(own_scores)
         if own:
             output += torch.matmul(own_weights.to(values.dtype), _stack(own[1::2]))
-        result = output.view_as(queries)
+        result = output.flatten(1, 2)
         ctx.layout = layout
         ctx.num_own = len(own)
         ctx.save_for_backward(queries, keys, values, result, own_weights, *own, *saved)
@@ -157,8 +157,8 @@ class _UnrolledAttention(torch.autograd.Function):
         layout: PackedLayout = ctx.layout
         rows, num_heads, size = queries.shape
         shape = (rows, keys.shape[1], num_heads // keys.shape[1], size)
-        grouped, upstream = queries.reshape(shape), gradients[0].reshape(shape)
-        inner = (upstream * result.view(shape)).sum(-1, keepdim=True, dtype=torch.float32)
+        grouped, upstream = queries.reshape(shape), gradients[0].reshape(*shape[:3], values.shape[2])
+        inner = (upstream * result.view_as(upstream)).sum(-1, keepdim=True, dtype=torch.float32)
         query_parts, key_parts, value_parts = [], [], []
         for group, probabilities in zip(layout.groups, saved, strict=True):
             parts = _backward_group(group, probabilities, (grouped, keys, values), upstream, inner)
@@ -181,7 +181,7 @@ class _UnrolledAttention(torch.autograd.Function):
 
 
 def _stack(steps: Sequence[Tensor]) -> Tensor:
-    """k tensors [R, m, d] -> [R, m, k, d]: a row's own keys or values of the later steps."""
+    """k tensors [R, m, .] -> [R, m, k, .]: a row's own keys or values of the later steps."""
     return torch.stack(tuple(steps), dim=2)
 
 
@@ -203,7 +203,7 @@ def _backward_group(
     upstream: Tensor,
     inner: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the causal part: queries [D*Q, m, g, d], keys and values [D*C, m, d]."""
+    """Gradients of the causal part: queries [D*Q, m, g, d], keys [D*C, m, d], values [D*C, m, e]."""
     grouped, keys, values = operands
     causal = probabilities[..., : group.num_keys]
     folded_upstream = _fold_rows(group, upstream)
@@ -238,7 +238,7 @@ def _unfold_rows(group: DocumentGroup, folded: Tensor, per_group: int) -> Tensor
 
 
 def _columns(group: DocumentGroup, tokens: Tensor) -> Tensor:
-    """[T, m, d] -> [D*m, C, d]."""
+    """[T, m, .] -> [D*m, C, .]."""
     num_groups, size = tokens.shape[1:]
     padded = tokens.reshape(tokens.shape[0], -1).index_select(0, group.keys)
     padded = padded.view(group.num_documents, -1, num_groups, size).transpose(1, 2)
@@ -246,7 +246,7 @@ def _columns(group: DocumentGroup, tokens: Tensor) -> Tensor:
 
 
 def _unfold_columns(group: DocumentGroup, folded: Tensor) -> Tensor:
-    """[D*m, C, d] -> [D*C, m, d]."""
+    """[D*m, C, .] -> [D*C, m, .]."""
     documents = group.num_documents
     num_groups, size = folded.shape[0] // documents, folded.shape[-1]
     return folded.view(documents, num_groups, -1, size).transpose(1, 2).reshape(-1, num_groups, size)

@@ -29,8 +29,15 @@ class RMSNorm(nn.Module):
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The result and the inverse root mean square [.., 1]."""
     wide = x.float()
-    inverse = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+    inverse = _dot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
     return (wide * inverse).to(x.dtype).mul_(weight), inverse
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sums over the last dimension in the operands' own precision: autocast would take ``vecdot`` down to its own."""
+    with torch.autocast(a.device.type, enabled=False):
+        products: Tensor = torch.linalg.vecdot(a, b)
+        return products
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -49,6 +56,6 @@ class _RMSNorm(torch.autograd.Function):
         upstream_wide = upstream[0].float()
         weighted = upstream_wide * weight.float()
         grad_weight = (upstream_wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        projection = torch.linalg.vecdot(weighted, normed).div_(x.shape[-1]).unsqueeze(-1)
+        projection = _dot(weighted, normed).div_(x.shape[-1]).unsqueeze(-1)
         grad_x = weighted.addcmul_(normed, projection, value=-1.0).mul_(inverse).to(x.dtype)
         return grad_x, grad_weight, None

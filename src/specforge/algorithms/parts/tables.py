@@ -31,13 +31,13 @@ def load_target_tables(
     """
     root = Path(directory)
     config = read_target_config(root)
-    files = _weight_files(root)
+    files = weight_files(root)
     embedding_name = _find(files, EMBEDDING_NAMES)
     if embedding_name is None:
         raise TargetError(
             f"{root} has no token embedding: expected a tensor named *{EMBEDDING_NAMES[0]}; check the target"
         )
-    embedding = _read(files, embedding_name).to(device, dtype)
+    embedding = read_tensor(files, embedding_name).to(device, dtype)
     head_name = None if config.get("tie_word_embeddings", False) else _find(files, HEAD_NAMES)
     bias = None
     if head_name is None:
@@ -48,10 +48,10 @@ def load_target_tables(
             )
         head = embedding
     else:
-        head = _read(files, head_name).to(device, dtype)
+        head = read_tensor(files, head_name).to(device, dtype)
         bias_name = head_name.removesuffix("weight") + "bias"
-        bias = _read(files, bias_name).to(device, dtype) if bias_name in files else None
-    return TargetTables(embedding, head, _softcap(config), _scale(config), bias)
+        bias = read_tensor(files, bias_name).to(device, dtype) if bias_name in files else None
+    return TargetTables(embedding, head, _softcap(config), _scale(config), bias, root)
 
 
 def read_target_config(root: Path) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def read_target_config(root: Path) -> dict[str, Any]:
     return {**config, **text} if isinstance(text, dict) else config
 
 
-def _weight_files(root: Path) -> dict[str, Path]:
+def weight_files(root: Path) -> dict[str, Path]:
     """File of every tensor name, from the index or from the single file."""
     index = root / "model.safetensors.index.json"
     if index.exists():
@@ -95,7 +95,7 @@ def _find(files: dict[str, Path], endings: tuple[str, ...]) -> str | None:
     return min(found, key=lambda name: (name.count("."), name)) if found else None
 
 
-def _read(files: dict[str, Path], name: str) -> Tensor:
+def read_tensor(files: dict[str, Path], name: str) -> Tensor:
     with _open(files[name]) as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor

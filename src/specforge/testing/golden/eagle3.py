@@ -15,13 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specforge.algorithms.base import StepContext, TargetTables
+from specforge.algorithms.base import StepContext, TargetTables, target_logits
 from specforge.algorithms.eagle3.algorithm import Eagle3
 from specforge.algorithms.eagle3.config import Eagle3DraftConfig, Eagle3Options
 from specforge.algorithms.eagle3.features import Supervision, UnrollPlan, plan_unroll, supervised_rows
-from specforge.algorithms.eagle3.loss import make_teacher, unroll, unroll_loss
+from specforge.algorithms.eagle3.loss import (
+    LossRows,
+    RowLoss,
+    make_teacher,
+    mean_overlaps,
+    per_row,
+    unroll,
+    unroll_loss,
+)
 from specforge.algorithms.eagle3.model import Eagle3Draft
 from specforge.algorithms.parts.attention import packed_layout
+from specforge.algorithms.parts.losses import (
+    SoftTargets,
+    Source,
+    Teacher,
+    WeighedTargets,
+    cross_entropy,
+    negative_log_acceptance,
+)
 from specforge.algorithms.parts.vocabulary import target_ids
 from specforge.contracts.batches import TrainBatch
 from specforge.contracts.refs import Slot
@@ -54,15 +70,18 @@ class _Case:
 def _specforge(vector: Vector, result: Comparison) -> None:
     """Mask not shifted (offset 0), divided by B * S. Its ``norm_output = false`` drops the norm before the head."""
     facts = vector.facts
-    if facts.get("kw"):
-        raise NotBuilt(f"objective {facts['kw']}")
-    case = _padded_case(vector, facts["ttt_length"], facts["cfg_extra"])
+    case = padded_case(vector, facts["ttt_length"], facts["cfg_extra"])
+    objective = _SpecForgeObjective.of(facts["kw"], case.batch.input_ids.numel())
     _compare_unroll(vector, result, case)
-    output = _algorithm(case.num_steps).forward_loss(case.draft, case.tables, case.batch, StepContext(0, 1, 0))
-    size = case.batch.input_ids.numel()
-    loss = output.loss_sum / size
+    plan, supervision = plan_unroll(case.batch, supervised_rows(case.batch, case.num_steps, 0))
+    teacher = make_teacher(case.draft, case.tables, case.batch, supervision)
+    divisors = objective.divisors(supervision, teacher)
+    readouts = unroll(case.draft, case.tables, case.batch, plan)
+    weights = (_decay(case.num_steps) / divisors).unsqueeze(-1)
+    output = unroll_loss(case.draft, readouts, supervision, teacher, weights, objective.row_loss)
+    loss = output.loss_sum
     loss.backward()
-    step_losses = [output.metrics[f"loss_step_{k}"][0] / size for k in range(case.num_steps)]
+    step_losses = [output.metrics[f"loss_step_{k}"][0] / divisors[k] for k in range(case.num_steps)]
     rates = [torch.div(*output.metrics[f"acceptance_rate_{k}"]) for k in range(case.num_steps)]
     _check_losses(vector, result, loss, step_losses)
     _check_list(vector, result, Kind.METRICS, "acc_corrects", output.correct)
@@ -72,7 +91,52 @@ def _specforge(vector: Vector, result: Comparison) -> None:
     _check_gradients(vector, result, case.draft)
 
 
-def _padded_case(vector: Vector, num_steps: int, extra: dict[str, Any]) -> _Case:
+class _SpecForgeObjective:
+    """Soft CE, or its LK losses: ``alpha`` is the mean of -log alpha over the rows with an in-vocabulary teacher,
+    ``lambda`` is ``lam * (soft CE as it is without LK) + (1 - lam) * (1 - mean alpha)`` with
+    ``lam = kl_scale * exp(-kl_decay * mean alpha)``.
+    """
+
+    def __init__(self, kind: str | None, size: int, scale: float, decay: float) -> None:
+        self.kind, self.size, self.scale, self.decay = kind, size, scale, decay
+
+    @classmethod
+    def of(cls, values: dict[str, Any], size: int) -> _SpecForgeObjective:
+        """From the vector's ``kw``; ``size`` is B * S."""
+        if unknown := set(values) - {"lk_loss_type", "kl_scale", "kl_decay"}:
+            raise ValueError(f"unknown keys in kw: {sorted(unknown)}")
+        kind = values.get("lk_loss_type")
+        if kind not in (None, "alpha", "lambda"):
+            raise ValueError(f"unknown lk_loss_type {kind!r}; expected 'alpha' or 'lambda'")
+        return cls(kind, size, values.get("kl_scale", 1.0), values.get("kl_decay", 1.0))
+
+    def divisors(self, supervision: Supervision, teacher: Teacher) -> Tensor:
+        """What the sums over the rows of each step are divided by, fp32 [K]."""
+        if self.kind == "alpha":
+            return _known_counts(supervision, teacher).clamp(min=1).float()
+        return torch.full((supervision.mask.shape[0],), float(self.size))
+
+    @property
+    def row_loss(self) -> RowLoss:
+        if self.kind == "lambda":
+            return self._mixture
+        return per_row(negative_log_acceptance if self.kind == "alpha" else cross_entropy)
+
+    def _mixture(self, rows: LossRows, source: Source) -> SoftTargets:
+        share = self.scale * torch.exp(-self.decay * mean_overlaps(rows, source))
+        counts = rows.by_step(torch.ones_like(rows.weights)).clamp(min=1).float()
+        shares = share[rows.steps], ((1.0 - share) * self.size / counts)[rows.steps]
+        return WeighedTargets(rows.teacher, rows.teacher_rows, rows.weights, shares)
+
+
+def _known_counts(supervision: Supervision, teacher: Teacher) -> Tensor:
+    """Supervised rows of each step whose teacher token the draft has, int64 [K]."""
+    known = torch.zeros_like(supervision.mask)
+    known[supervision.mask] = teacher.known(teacher.slots[supervision.teachers[supervision.mask]])
+    return known.sum(1)
+
+
+def padded_case(vector: Vector, num_steps: int, extra: dict[str, Any]) -> _Case:
     if unknown := set(extra) - {"fc_norm", "norm_output"}:
         raise ValueError(f"unknown keys in cfg_extra: {sorted(unknown)}")
     inputs, weights = vector.group("in"), vector.group("w")
@@ -95,13 +159,12 @@ def _torchspec(vector: Vector, result: Comparison) -> None:
     if named is None:
         raise ValueError(f"no file named in inputs: {vector.facts['inputs']!r}")
     source = read_vector(vector.path.parent / f"{named[1]}.json")
-    case = _padded_case(source, len(vector.facts["plosses"]), source.facts["cfg_extra"])
+    case = padded_case(source, len(vector.facts["plosses"]), source.facts["cfg_extra"])
     plan, supervision, teacher = _full_plan(case)
-    known = torch.zeros_like(supervision.mask)
-    known[supervision.mask] = teacher.in_vocabulary[teacher.slots[supervision.teachers[supervision.mask]]]
-    counts = known.sum(1).clamp(min=1)
+    counts = _known_counts(supervision, teacher).clamp(min=1)
     readouts = unroll(case.draft, case.tables, case.batch, plan)
-    output = unroll_loss(case.draft, readouts, supervision, teacher, _decay(case.num_steps) / counts)
+    weights = (_decay(case.num_steps) / counts).unsqueeze(-1)
+    output = unroll_loss(case.draft, readouts, supervision, teacher, weights, per_row(cross_entropy))
     output.loss_sum.backward()
     step_losses = [output.metrics[f"loss_step_{k}"][0] / counts[k] for k in range(case.num_steps)]
     _check_losses(vector, result, output.loss_sum, step_losses)
@@ -116,7 +179,7 @@ def _deepspec(vector: Vector, result: Comparison) -> None:
     """Full vocabulary, query and key norms, head frozen and the target's; the mask of the last valid token is cut."""
     inputs, weights = vector.group("in"), vector.group("w")
     config = _config(vector.facts["config"], inputs["aux_hidden"].shape[-1])
-    draft = _draft(replace(config, qk_norm=True), weights)
+    draft = _draft(replace(config, architecture="qwen3"), weights)
     draft.lm_head.requires_grad_(False)
     mask = inputs["loss_mask"].clone()
     mask[torch.arange(mask.shape[0]), inputs["attention_mask"].sum(1) - 1] = 0
@@ -137,18 +200,18 @@ def _deepspec(vector: Vector, result: Comparison) -> None:
         result.check(Kind.METRICS, f"accuracy@{k}", accuracy, metrics[f"train/accuracy@{k}"])
         rate = torch.div(*output.metrics[f"acceptance_rate_{k}"])
         result.check(Kind.RATES, f"accept_rate@{k}", rate, metrics[f"train/accept_rate@{k}"])
-    run_sum, run_count = output.run_length
+    run_sum, run_count = output.runs.sums()
     result.check(Kind.METRICS, "tau_greedy", run_sum.double() / run_count.double(), metrics["train/tau_greedy"])
     result.check(Kind.RATES, "tau_probabilistic", _tau(case, logits), metrics["train/tau_probabilistic"])
 
 
 def _tau(case: _Case, logits: list[Tensor]) -> Tensor:
     """Mean over rows supervised at step 0 of ``1 + sum_k prod_{i<=k} sum_v min(p, q)``."""
-    _, supervision, teacher = _full_plan(case)
+    _, supervision, _ = _full_plan(case)
+    teacher = torch.softmax(target_logits(case.tables, case.batch.features["last"]), dim=-1)
     accepted = []
     for k, step in enumerate(logits):
-        slots = teacher.slots[supervision.teachers[k]].clamp(0, teacher.best.numel() - 1)
-        overlap = torch.minimum(teacher.probabilities[slots], torch.softmax(step, dim=-1)).sum(-1)
+        overlap = torch.minimum(teacher[supervision.teachers[k]], torch.softmax(step, dim=-1)).sum(-1)
         accepted.append(torch.where(supervision.mask[k], overlap, 0.0))
     runs = 1 + torch.stack(accepted).cumprod(0).sum(0)
     return runs[supervision.mask[0]].mean()
@@ -322,7 +385,7 @@ def _decay(num_steps: int) -> Tensor:
     return torch.tensor([STEP_DECAY**k for k in range(num_steps)])
 
 
-def _full_plan(case: _Case) -> tuple[UnrollPlan, Supervision, Any]:
+def _full_plan(case: _Case) -> tuple[UnrollPlan, Supervision, Teacher]:
     """A plan that computes every row, with SpecForge's supervision and the teacher of its rows."""
     supervised = supervised_rows(case.batch, case.num_steps, 0)
     plan, everything = plan_unroll(case.batch, torch.ones_like(supervised))

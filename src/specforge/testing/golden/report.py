@@ -37,10 +37,15 @@ class Status(Enum):
     OVER = "over"
     FAILED = "could not run"
     NOT_BUILT = "not built"
+    NO_INPUTS = "no inputs"
 
 
 class NotBuilt(Exception):
     """The product does not have yet what this vector needs."""
+
+
+class InputsAbsent(Exception):
+    """The vector records results alone, and the file with its inputs and weights is not beside it."""
 
 
 @dataclass(slots=True)

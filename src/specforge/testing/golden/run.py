@@ -9,16 +9,28 @@ from pathlib import Path
 
 from rich.console import Console
 
+from specforge.testing.golden.dflash import run_dflash
+from specforge.testing.golden.domino import run_domino
+from specforge.testing.golden.dspark import run_dspark
 from specforge.testing.golden.eagle3 import run_eagle3
-from specforge.testing.golden.report import Comparison, NotBuilt, Status, print_table
+from specforge.testing.golden.peagle import run_peagle
+from specforge.testing.golden.report import Comparison, InputsAbsent, NotBuilt, Status, print_table
+from specforge.testing.golden.schedule import run_schedule
 from specforge.testing.golden.tables import run_tables
+from specforge.testing.golden.traces import run_inference
 from specforge.testing.golden.vectors import Vector, find_vectors, read_vector
 
 REPORT_WIDTH = 160
 """Columns of the table where the output is not a terminal."""
 
 FAMILIES: dict[str, Callable[[Vector, Comparison], None]] = {
+    "inference": run_inference,
     "eagle3": run_eagle3,
+    "dflash": run_dflash,
+    "schedule": run_schedule,
+    "domino": run_domino,
+    "dspark": run_dspark,
+    "peagle": run_peagle,
 }
 
 
@@ -40,6 +52,8 @@ def run_vector(path: Path, name: str) -> list[Comparison]:
         return [result.finish(expected)]
     except NotBuilt as reason:
         result.status, result.note = Status.NOT_BUILT, str(reason)
+    except InputsAbsent as reason:
+        result.status, result.note = Status.NO_INPUTS, str(reason)
     except Exception as error:  # noqa: BLE001 - one vector that cannot be run must not hide the others
         result.status, result.note = Status.FAILED, f"{type(error).__name__}: {error}"
     return [result]

@@ -10,6 +10,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from specforge.testing.golden.report import InputsAbsent
+
 
 @dataclass(frozen=True, slots=True)
 class Vector:
@@ -32,6 +34,9 @@ def find_vectors(directory: Path) -> list[Path]:
 
 
 def read_vector(path: Path) -> Vector:
+    """The vector in ``path``, or an :class:`InputsAbsent` where one refers to a file that is not there."""
+    if not path.exists():
+        raise InputsAbsent(f"its inputs are those of {path.name}, which is not there")
     facts = json.loads(path.read_text(encoding="utf-8"))
     twin = path.with_suffix(".safetensors")
     return Vector(path, path.parent.name, facts, load_file(twin) if twin.exists() else {})

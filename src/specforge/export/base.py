@@ -1,0 +1,158 @@
+"""What an export format is: how drafts of each algorithm are written for one kind of reader.
+
+Legend: H hidden size of the draft, Ht of the target, I intermediate size, K captured layers, V target vocabulary,
+W draft vocabulary, d head size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from specforge.algorithms.draft_config import DraftConfig
+from specforge.errors import DraftError
+
+Shapes = dict[str, tuple[int, ...]]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Layout(ABC):
+    """How drafts of one algorithm are written. ``serving`` (Markdown) goes into the model card."""
+
+    serving: ClassVar[str]
+
+    @abstractmethod
+    def config(self, algorithm: str, config: Any) -> dict[str, Any]:
+        """The reader's keys of ``config.json``, without the number format.
+
+        Raises :class:`DraftError` for the first option of the draft that the reader has no counterpart for.
+        """
+
+    @abstractmethod
+    def shapes(self, config: Any) -> Shapes | None:
+        """Shape of every tensor by the reader's name; ``None``: whatever the draft has."""
+
+    def encode(self, state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The draft's ``served_state()`` as the reader wants it."""
+        del config
+        return dict(state)
+
+    def decode(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The inverse of :meth:`encode`."""
+        del config
+        return dict(tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportFormat:
+    """A format by name. ``any_other`` writes drafts of the algorithms that ``layouts`` does not name."""
+
+    name: str
+    title: str
+    dtype: str
+    layouts: Mapping[str, Layout] = field(repr=False)
+    any_other: Layout | None = None
+
+    def writes(self, algorithm: str) -> bool:
+        return algorithm in self.layouts or self.any_other is not None
+
+    def layout(self, algorithm: str) -> Layout:
+        """How drafts of ``algorithm`` are written; a pair that nobody can read is a :class:`DraftError`."""
+        found = self.layouts.get(algorithm, self.any_other)
+        if found is None:
+            raise DraftError(
+                f"{self.title} serves no {algorithm} drafts; --to {self.name} writes {', '.join(self.layouts)}; "
+                f"write this one with --to hf"
+            )
+        return found
+
+
+def rope_keys(config: DraftConfig) -> dict[str, Any]:
+    """The same rotary settings twice: transformers 5 reads ``rope_parameters``, the engines the other two."""
+    scaling = config.rope_scaling or {}
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling,
+        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
+    }
+
+
+def size_keys(config: DraftConfig) -> dict[str, Any]:
+    """Keys under which every reader finds the sizes of decoder layers."""
+    names = (
+        "hidden_size", "target_hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "head_dim", "rms_norm_eps", "max_position_embeddings", "vocab_size", "draft_vocab_size",
+    )  # fmt: skip
+    return {
+        **{name: getattr(config, name) for name in names},
+        **rope_keys(config),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def mlp_shapes(config: DraftConfig) -> Shapes:
+    return {
+        "mlp.gate_proj.weight": (config.intermediate_size, config.hidden_size),
+        "mlp.up_proj.weight": (config.intermediate_size, config.hidden_size),
+        "mlp.down_proj.weight": (config.hidden_size, config.intermediate_size),
+    }
+
+
+def vocabulary_shapes(config: DraftConfig) -> Shapes:
+    return {"d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,)}
+
+
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Shapes | None, dtype: torch.dtype | None) -> None:
+    """Raise :class:`DraftError` unless ``tensors`` are exactly those of ``shapes``, finite, with weights in ``dtype``.
+
+    ``dtype=None`` accepts any floating-point type. Engines skip unknown names and keep missing tensors at their random
+    initialisation, both in silence; hence the strictness.
+    """
+    for name, tensor in tensors.items():
+        if shapes is not None and name not in shapes:
+            raise DraftError(f"the draft has the tensor {name!r}, which no engine loads; remove it before exporting")
+        if shapes is not None and tuple(tensor.shape) != shapes[name]:
+            raise DraftError(
+                f"tensor {name!r} has shape {list(tensor.shape)}, expected {list(shapes[name])} by the config"
+            )
+        expected = tensor_dtype(name, tensor, dtype)
+        if tensor.dtype != expected:
+            raise DraftError(f"tensor {name!r} is {tensor.dtype}, expected {expected}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DraftError(f"tensor {name!r} has NaN or infinite values; the training diverged, export another step")
+    if missing := sorted(set(shapes or ()) - set(tensors)):
+        raise DraftError(f"the draft lacks the tensor {missing[0]!r}; an engine would leave it at random values")
+    if "d2t" in tensors:
+        _check_vocabulary(tensors["d2t"], tensors["t2d"])
+
+
+def tensor_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What a tensor is stored as: ``d2t`` int64, ``t2d`` bool, every weight ``dtype`` (``None``: as it is)."""
+    fixed = {"d2t": torch.int64, "t2d": torch.bool}
+    if name in fixed:
+        return fixed[name]
+    if dtype is not None:
+        return dtype
+    return tensor.dtype if tensor.is_floating_point() else torch.float32
+
+
+def _check_vocabulary(d2t: Tensor, t2d: Tensor) -> None:
+    """``d2t`` [W] are offsets (target id = i + d2t[i]) of ascending ids, exactly those marked in ``t2d`` [V]."""
+    ids = d2t + torch.arange(len(d2t), device=d2t.device)
+    inside = bool(((ids >= 0) & (ids < len(t2d))).all())
+    ascending = bool((ids[1:] > ids[:-1]).all())
+    if not inside or not ascending or not bool(t2d[ids].all()) or int(t2d.sum()) != len(d2t):
+        raise DraftError(
+            "d2t and t2d do not describe the same draft vocabulary: expected d2t to hold offsets of strictly ascending "
+            "ids, all marked in t2d and no others; rebuild both from the kept ids"
+        )
