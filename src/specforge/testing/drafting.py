@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from specforge.algorithms.base import Proposer
+from specforge.algorithms.base import Algorithm, DraftModel, Proposer
 from specforge.algorithms.catalog import algorithm_names, get_algorithm, options_of
 from specforge.contracts.capture import CaptureSpec
 from specforge.inference.huggingface import HFTargetEngine
@@ -18,6 +18,8 @@ PRUNED = {"eagle3": 5, "peagle": 6}
 
 @dataclass(frozen=True)
 class Drafting:
+    algorithm: Algorithm
+    draft: DraftModel
     proposer: Proposer
     spec: CaptureSpec
 
@@ -45,4 +47,4 @@ def make_drafting(engine: HFTargetEngine, case: str) -> Drafting:
     draft = algorithm.build_draft(config, engine.tables, seed=0, kept_ids=kept)
     randomise(draft, generator)
     proposer = algorithm.proposer(draft.eval(), engine.tables)
-    return Drafting(proposer, algorithm.capture_spec(config, "float32"))
+    return Drafting(algorithm, draft, proposer, algorithm.capture_spec(config, "float32"))
