@@ -21,11 +21,14 @@ from torch import Tensor
 
 from specforge.algorithms.base import TargetTables, target_logits
 
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Logits that are alive at once in each of a chunk's few buffers (CPU: 2 MB of fp32, which stays in its cache)."""
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Logits that are alive at once in each of a chunk's few buffers (CPU: 16 MB of fp32)."""
 
-MIN_CHUNK_ROWS = 64
+MIN_CHUNK_ROWS = 128
 """A chunk has at least these many rows, so that reading the head is not the whole cost of a large vocabulary."""
+
+MAX_CHUNK_ROWS = {"cpu": 512, "cuda": 1 << 16}
+"""On a CPU more rows make no product faster, and a small vocabulary's logits stay in its cache."""
 
 TILE_ROWS = 4096
 """Rows of the target's head whose logits exist at once while its full distribution is only summed up."""
@@ -77,8 +80,9 @@ def fused_loss(sources: Sequence[Source], objective: Objective) -> Tensor:
 
 def chunk_rows(num_columns: int, group: int, device: torch.device) -> int:
     """Rows of a chunk of logits [rows, num_columns]: a multiple of ``group``."""
-    elements = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
-    return max(1, max(MIN_CHUNK_ROWS, elements // num_columns) // group) * group
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    rows = min(max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS[kind] // num_columns), MAX_CHUNK_ROWS[kind])
+    return max(1, rows // group) * group
 
 
 class _FusedLoss(torch.autograd.Function):
