@@ -124,7 +124,13 @@ def evaluate(demo: Demo, seed: int) -> dict[str, Any]:
     spec = replace(loaded.spec, dtype="float32")
     answers = [generation.token_ids for generation in engine.generate(prompts, NEW_TOKENS)]
     simulated = simulate(
-        engine, loaded.algorithm, loaded.draft, engine.tables, spec, list(zip(prompts, answers, strict=True))
+        engine,
+        loaded.algorithm,
+        loaded.draft,
+        engine.tables,
+        spec,
+        list(zip(prompts, answers, strict=True)),
+        NEW_TOKENS,
     )
     num_proposals = sum(name.startswith("accuracy_") for name in simulated.scalars)
     proposer = loaded.algorithm.proposer(loaded.draft, engine.tables)

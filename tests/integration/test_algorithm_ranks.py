@@ -1,4 +1,7 @@
-"""The gradient of an optimizer step of every algorithm, on one rank and on two: real processes with gloo."""
+"""The gradient of an optimizer step of every algorithm, on one rank and on two: real processes with gloo.
+
+Weights and gradients are reduced by the test: the algorithms allow it, the trainer runs on one rank.
+"""
 
 import datetime as dt
 import os

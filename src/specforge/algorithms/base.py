@@ -164,12 +164,27 @@ class DraftModel(nn.Module):
         """Tensors by served checkpoint name (weights and vocabulary maps), detached, as they are."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
+    def vocabulary_tables(self) -> frozenset[str]:
+        """Names of the matrices with a row for every id: lookups and heads, which no optimizer may orthogonalise."""
+        endings = ("lm_head.weight", "embed_tokens.weight")
+        return frozenset(name for name, _ in self.named_parameters() if name.endswith(endings))
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How an algorithm is trained where a run does not say: peak rate, share of warm-up steps, bound of gradients."""
+
+    lr: float = 1e-4
+    warmup_ratio: float = 0.015
+    max_grad_norm: float = 0.5
+
 
 class Algorithm(ABC):
     """One way to train and use a draft. Stateless: everything that learns is in the draft."""
 
     name: ClassVar[str]
     config_type: ClassVar[type[DraftConfig]]
+    recommended: ClassVar[Pace] = Pace()
 
     @abstractmethod
     def __init__(self, options: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -18,6 +19,8 @@ from pydantic import BaseModel
 from specforge.errors import ConfigError
 
 ENTRY_POINTS = "specforge.algorithms"
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +53,24 @@ ALGORITHMS: dict[str, Entry] = {
 
 @functools.cache
 def entries() -> dict[str, Entry]:
-    """Every algorithm by name. One of another package may not take a name that is taken."""
+    """Every algorithm by name. Packages whose entry cannot be used are left out with a warning."""
     found = dict(ALGORITHMS)
     for point in entry_points(group=ENTRY_POINTS):
-        entry = point.load()
-        if point.name in found or not isinstance(entry, Entry):
-            raise ConfigError(
-                f"the entry point {point.name!r} ({point.value}) must give a specforge.algorithms.catalog.Entry under "
-                f"a name of its own; taken are {', '.join(found)}; uninstall or repair that package"
-            )
-        found[point.name] = entry
+        try:
+            entry = point.load()
+            if point.name in found or not isinstance(entry, Entry):
+                raise ConfigError(  # noqa: TRY301 - reported like whatever else a package of somebody else does
+                    f"it must give a specforge.algorithms.catalog.Entry under a name of its own; taken are "
+                    f"{', '.join(found)}"
+                )
+            _load(entry.options)
+        except Exception as error:  # noqa: BLE001 - one broken package must not take every command down
+            _LOG.warning(
+                "the algorithm %r of %s cannot be used: %s: %s; repair or uninstall that package",
+                point.name, point.value, type(error).__name__, error,
+            )  # fmt: skip
+        else:
+            found[point.name] = entry
     return found
 
 
@@ -90,9 +101,11 @@ def algorithm_names() -> tuple[str, ...]:
 def _entry(name: str) -> Entry:
     known = entries()
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ConfigError(
-            f"there is no algorithm {name!r}; expected one of {', '.join(known)}; did you mean {nearest[0]!r}?"
+            f"there is no algorithm {name!r}; expected one of {', '.join(known)}, "
+            f"or install the package that adds it{hint}"
         )
     return known[name]
 

@@ -81,14 +81,24 @@ class SizeOptions(BaseModel):
     head_dim: PositiveInt | None = Field(None, description="Size of an attention head; null: the target's.")
 
     def sizes(self, target: TargetInfo) -> dict[str, Any]:
-        """The fields of :class:`DraftConfig` that follow from the target and these options; no layers, no pruning."""
+        """The fields of :class:`DraftConfig` that follow from the target and these options; no layers, no pruning.
+
+        Heads that cannot be built are a :class:`ConfigError`.
+        """
+        heads = self.num_attention_heads or target.num_attention_heads
+        groups, head_dim = self.num_key_value_heads or target.num_key_value_heads, self.head_dim or target.head_dim
+        if heads % groups or head_dim % 2:
+            raise ConfigError(
+                f"num_attention_heads must be a multiple of num_key_value_heads and head_dim even, got {heads}, "
+                f"{groups} and {head_dim} (what is left out is the target's); change these options of the algorithm"
+            )
         return {
             "hidden_size": target.hidden_size,
             "target_hidden_size": target.hidden_size,
             "intermediate_size": self.intermediate_size or target.intermediate_size,
-            "num_attention_heads": self.num_attention_heads or target.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads or target.num_key_value_heads,
-            "head_dim": self.head_dim or target.head_dim,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "head_dim": head_dim,
             "rms_norm_eps": target.rms_norm_eps,
             "rope_theta": target.rope_theta,
             "rope_scaling": target.rope_scaling,

@@ -53,6 +53,8 @@ class TargetInfo:
 
     ``revision`` is a content hash of configuration and weights. ``rope_scaling`` is ``None`` for plain RoPE.
     ``logit_softcap`` and ``logit_scale``: what the target does to its logits after the head (``None``, 1.0: nothing).
+    ``mask_token_id`` and ``num_tokens`` are the tokenizer's: its mask token, one more than its largest id (``None``:
+    it has none, or there is no tokenizer).
     """
 
     path: str
@@ -74,3 +76,19 @@ class TargetInfo:
     eos_token_ids: tuple[int, ...]
     logit_softcap: float | None = None
     logit_scale: float = 1.0
+    mask_token_id: int | None = None
+    num_tokens: int | None = None
+
+    @property
+    def unused_token_id(self) -> int:
+        """An embedding row that no text uses, for drafts that mask: the tokenizer's mask token, else the first row that
+        it does not know. Where it knows them all a stop token, where nobody knows what it knows the last row: tables
+        are mostly padded, and drafts read stop tokens in texts.
+        """
+        if self.mask_token_id is not None:
+            return self.mask_token_id
+        if self.num_tokens is not None and self.num_tokens < self.vocab_size:
+            return self.num_tokens
+        if self.num_tokens is not None and self.eos_token_ids:
+            return self.eos_token_ids[0]
+        return self.vocab_size - 1

@@ -21,6 +21,8 @@ class DemoRecipe:
     num_epochs: int = 1
     global_batch_size: int = 8
     micro_batch_tokens: int = 1024
+    warmup_ratio: float = 0.015
+    max_grad_norm: float = 0.5
     checkpoint_every: int = 32
     num_eval_prompts: int = 32
     num_untrained_eval_prompts: int = 8

@@ -123,6 +123,8 @@ class Demo:
                 micro_batch_tokens=recipe.micro_batch_tokens,
                 optimizer=draft.optimizer,
                 lr=draft.lr,
+                warmup_ratio=recipe.warmup_ratio,
+                max_grad_norm=recipe.max_grad_norm,
                 checkpoint_every=recipe.checkpoint_every,
                 dtype="float32",
                 device="cpu",
@@ -274,9 +276,9 @@ def print_report(report: dict[str, Any], out: Path) -> None:
     """The table that ends a demo, on standard error like the progress bars."""
     table = Table(title=f"SpecForge demo: {report['algorithm']}", show_header=False, title_justify="left")
     rows = {
-        "accepted length": f"{report['accepted_length_mean']:.2f} tokens a round "
-        f"(untrained draft: {report['accepted_length_untrained']:.2f})",
-        "acceptance by position": " ".join(f"{share:.2f}" for share in report["acceptance_per_position"]),
+        "accepted length": f"{_length(report['accepted_length_mean'])} tokens a round "
+        f"(untrained draft: {_length(report['accepted_length_untrained'])})",
+        "acceptance by position": " ".join(f"{share:.2f}" for share in report["acceptance_per_position"]) or "-",
         "lossless": f"{'yes' if report['lossless'] else 'NO'}: {report['num_prompts_compared']} held-out prompts, "
         f"{report['num_near_ties']} near-ties",
         "tokens per second": f"{report['tokens_per_second_speculative']:.0f} speculative, "
@@ -291,6 +293,11 @@ def print_report(report: dict[str, Any], out: Path) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console(stderr=True).print(table)
+
+
+def _length(mean: float | None) -> str:
+    """An accepted length, which an evaluation without a round that counts has not."""
+    return "-" if mean is None else f"{mean:.2f}"
 
 
 def trained_modules(target_dir: Path) -> set[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 
 class TreeConfig(BaseModel):
@@ -44,3 +45,13 @@ class EvaluationConfig(BaseModel):
     tree: TreeConfig | None = Field(
         None, description="Draft trees of proposals (for algorithms that can); null: chains of num_proposals tokens."
     )
+
+    @model_validator(mode="after")
+    def _sampling_has_a_temperature(self) -> Self:
+        given = [name for name in ("top_k", "top_p", "seed") if getattr(self, name)]
+        if given and not self.temperature:
+            raise ValueError(
+                f"{' and '.join(given)} would do nothing, because the temperature is 0, which is greedy; "
+                "set a temperature above 0 or leave them out"
+            )
+        return self

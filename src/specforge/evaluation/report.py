@@ -38,15 +38,16 @@ class DecodedPrompt:
 class SpeculativeReport:
     """Definitions: docs/glossary.md.
 
-    * ``accepted_length_mean``: accepted proposals + 1, mean over rounds; 1.0 = nothing accepted (or no round)
-    * ``acceptance_per_position[i]``: rounds that accepted at least i + 1 proposals / all rounds
+    * ``accepted_length_mean``: accepted proposals + 1, mean over rounds; 1.0 = nothing accepted; ``None`` without a
+      round that counts
+    * ``acceptance_per_position[i]``: rounds that accepted at least i + 1 proposals / all rounds; empty without one
     * ``lossless``: every prompt's outputs are equal up to excused near-ties; ``None`` when the target did not compute
       in fp32, where differences are reported and not judged, and when tokens were sampled, where nothing is compared
     * ``tokens_per_second_*``: new tokens after the first / decode time (the target's prefill is left out)
     * ``distinct_4grams``: distinct / all 4-grams of the plain output, mean over prompts with at least 4 new tokens
     """
 
-    accepted_length_mean: float
+    accepted_length_mean: float | None
     acceptance_per_position: tuple[float, ...]
     num_rounds: int
     lossless: bool | None
@@ -76,10 +77,10 @@ def summarise(rows: Sequence[DecodedPrompt], num_proposals: int, judged: bool) -
     rounds = [count for row in rows for count in row.accepted]
     mismatches = sum(row.mismatch is not None and not row.near_tie for row in rows)
     return SpeculativeReport(
-        accepted_length_mean=1.0 + sum(rounds) / len(rounds) if rounds else 1.0,
+        accepted_length_mean=1.0 + sum(rounds) / len(rounds) if rounds else None,
         acceptance_per_position=tuple(
-            sum(count > position for count in rounds) / len(rounds) if rounds else 0.0
-            for position in range(num_proposals)
+            sum(count > position for count in rounds) / len(rounds)
+            for position in range(num_proposals if rounds else 0)
         ),
         num_rounds=len(rounds),
         lossless=mismatches == 0 if judged else None,

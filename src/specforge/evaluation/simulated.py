@@ -31,10 +31,11 @@ class CapturingEngine(Protocol):
 @dataclass(frozen=True, slots=True)
 class Simulated:
     """``simulated_acc_len``: 1 + the leading run of correct positions, mean over the supervised rows at which rounds of
-    greedy decoding start. ``scalars``: the metrics of a training step over all supervised rows, of the same name too.
+    greedy decoding start, ``None`` without such a round. ``scalars``: the metrics of a training step over all
+    supervised rows, of the same name too.
     """
 
-    simulated_acc_len: float
+    simulated_acc_len: float | None
     num_rounds: int
     scalars: dict[str, float]
 
@@ -46,13 +47,14 @@ def simulate(
     tables: TargetTables,
     spec: CaptureSpec,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    max_new_tokens: int,
 ) -> Simulated:
     """Forward passes of the training over ``texts``, with every position supervised and no learning.
 
-    ``texts`` are (prompt, answer) token ids, the answer being the target's greedy one. ``spec`` should not round: the
-    proposer reads features as the target computed them.
+    ``texts`` are (prompt, answer) token ids, the answer being the target's greedy one of at most ``max_new_tokens``.
+    ``spec`` should not round: the proposer reads features as the target computed them.
     """
-    context = StepContext(global_step=0, total_steps=1, seed=0, exhaustive=True)
+    context = StepContext(global_step=1, total_steps=1, seed=0, exhaustive=True)
     tasks = [
         PromptTask(str(index), index, (*prompt, *answer), ((len(prompt), len(prompt) + len(answer)),))
         for index, (prompt, answer) in enumerate(texts)
@@ -64,21 +66,23 @@ def simulate(
             output = algorithm.forward_loss(draft, tables, batch, context)
             sums.add(output)
             weight += algorithm.supervised_weight(batch, context)
-            lengths += rounds_of(output.runs, task, output.correct.numel())
-    mean = 1.0 + sum(lengths) / len(lengths) if lengths else 1.0
+            lengths += rounds_of(output.runs, task, output.correct.numel(), max_new_tokens)
+    mean = 1.0 + sum(lengths) / len(lengths) if lengths else None
     return Simulated(mean, len(lengths), sums.scalars(weight))
 
 
-def rounds_of(runs: Runs, task: PromptTask, num_proposals: int) -> list[int]:
+def rounds_of(runs: Runs, task: PromptTask, num_proposals: int, max_new_tokens: int) -> list[int]:
     """Runs of the rows at which decoding ``task`` starts a round, from the first token of its answer on.
 
-    Rounds that the end of the text cuts do not count, as in real decoding.
+    Rounds that the length limit cuts do not count; what lies behind a stop token is not accepted. As in real decoding.
     """
     run_at = dict(zip(runs.anchors.tolist(), runs.lengths.tolist(), strict=True))
     found, anchor = [], task.loss_spans[0][0]
-    while task.num_tokens - anchor - 1 > num_proposals and anchor in run_at:
-        found.append(run_at[anchor])
-        anchor += 1 + run_at[anchor]
+    end = anchor + max_new_tokens
+    while anchor < task.num_tokens - 1 and end - anchor - 1 > num_proposals:
+        run = min(run_at.get(anchor, 0), task.num_tokens - anchor - 2)
+        found.append(run)
+        anchor += 1 + run
     return found
 
 

@@ -49,7 +49,7 @@ class Round:
     """One round: ``start`` is the position of the last committed token, ``accepted`` indices into ``proposals``.
 
     ``committed`` are the tokens that it appended, those after a stop token left out. ``counts`` is false where the
-    length limit left no room for a full round.
+    length limit left no room for all proposals that were asked for, also if the draft can propose fewer only.
     """
 
     start: int
@@ -72,8 +72,10 @@ class Decoded:
 
     @property
     def accepted(self) -> tuple[int, ...]:
-        """Accepted proposals of each round that counts."""
-        return tuple(len(a_round.accepted) for a_round in self.rounds if a_round.counts)
+        """Accepted proposals of each round that counts: one less than the tokens it committed, also where a stop token
+        cut it.
+        """
+        return tuple(len(a_round.committed) - 1 for a_round in self.rounds if a_round.counts)
 
 
 class SpeculativeDecoder:
@@ -253,9 +255,7 @@ def first_mismatch(left: Sequence[int], right: Sequence[int]) -> int | None:
 
 def _shallower(tree: TreeShape, max_tokens: int) -> TreeShape:
     """``tree`` with paths of at most ``max_tokens`` tokens."""
-    depth = min(tree.depth, max_tokens - 1)
-    num_candidates = tree.top_k + depth * tree.top_k**2
-    return TreeShape(tree.top_k, depth, min(tree.num_nodes, num_candidates + 1))
+    return TreeShape(tree.top_k, min(tree.depth, max_tokens - 1), tree.num_nodes)
 
 
 def _until_stop(tokens: list[int], stops: frozenset[int]) -> list[int]:

@@ -40,6 +40,7 @@ def read_target_info(path: str | Path, trust_remote_code: bool = False) -> Targe
     num_heads = _required(fields, "num_attention_heads", directory)
     hidden_size = _required(fields, "hidden_size", directory)
     theta, scaling = _rope(fields)
+    mask_token_id, num_tokens = _tokenizer_ids(directory)
     return TargetInfo(
         path=str(directory),
         architecture=architecture,
@@ -60,6 +61,8 @@ def read_target_info(path: str | Path, trust_remote_code: bool = False) -> Targe
         eos_token_ids=_eos_token_ids(directory, config, fields),
         logit_softcap=_optional_float(fields.get("final_logit_softcapping")),
         logit_scale=_logit_scale(fields),
+        mask_token_id=mask_token_id,
+        num_tokens=num_tokens,
     )
 
 
@@ -182,6 +185,31 @@ def _eos_token_ids(directory: Path, config: PreTrainedConfig, fields: dict[str, 
         value = fields.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(sorted({int(token) for token in ids}))
+
+
+def _tokenizer_ids(directory: Path) -> tuple[int | None, int | None]:
+    """The mask token's id and one more than the largest id, from the tokenizer's files and without loading it.
+
+    The latter is ``None`` where the model's own tokens are not listed there: added tokens alone say nothing of it.
+    """
+    known = _json_object(directory / "tokenizer.json")
+    vocabulary = (known.get("model") or {}).get("vocab")
+    if isinstance(vocabulary, list):  # of a unigram model: [piece, score] by id
+        vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
+    ids: dict[str, int] = dict(vocabulary or {})
+    ids |= {token["content"]: token["id"] for token in known.get("added_tokens") or []}
+    mask = _json_object(directory / "tokenizer_config.json").get("mask_token")
+    mask = mask.get("content") if isinstance(mask, dict) else mask
+    return ids.get(str(mask)), max(ids.values()) + 1 if vocabulary else None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """What ``path`` holds; empty where it is not there. A file that cannot be read is the tokenizer's to refuse."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _logit_scale(fields: dict[str, Any]) -> float:

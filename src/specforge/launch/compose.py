@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge.algorithms.base import Pace
 from specforge.algorithms.parts.tables import load_target_tables
 from specforge.config.load import dump_run_config
 from specforge.config.run import RunConfig
@@ -290,18 +291,18 @@ def make_provenance(inputs: RunInputs) -> Provenance:
 def make_trainer(
     inputs: RunInputs, trainable: Trainable, ledger: Ledger, on_step: Callable[[int, dict[str, float]], None]
 ) -> Trainer:
-    training, plan = inputs.config.training, inputs.plan
+    training, pace, plan = inputs.config.training, inputs.pace, inputs.plan
     device = resolve_device(training.device)
     optimizer = OptimizerSettings(
         kind=training.optimizer,
         betas=training.betas,
         weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
+        max_grad_norm=pace.max_grad_norm,
     )
     return Trainer(
         trainable,
-        MasterOptimizer(dict(trainable.draft.named_parameters()), optimizer),
-        make_schedule(training, plan.total_steps),
+        MasterOptimizer(dict(trainable.draft.named_parameters()), optimizer, trainable.draft.vocabulary_tables()),
+        make_schedule(training, pace, plan.total_steps),
         TrainerSettings(
             total_steps=plan.total_steps,
             checkpoint_every=training.checkpoint_every,
@@ -315,12 +316,12 @@ def make_trainer(
     )
 
 
-def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
+def make_schedule(training: TrainingConfig, pace: Pace, total_steps: int) -> Schedule:
     return Schedule(
         training.schedule,
-        training.lr,
+        pace.lr,
         total_steps,
-        training.warmup_ratio,
+        pace.warmup_ratio,
         training.min_lr_ratio,
         training.decay_ratio,
         training.decay_shape,

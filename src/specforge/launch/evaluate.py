@@ -60,9 +60,11 @@ def decode(
     """Speculative decoding of ``prompts`` beside plain decoding, with a progress bar."""
     proposer = loaded.algorithm.proposer(loaded.draft, tables)
     if options.tree is not None and not proposer.drafts_trees:
+        tree = options.tree
         raise ConfigError(
-            f"evaluation.tree was given, but {loaded.algorithm.name} drafts chains only; trees are drafted by "
-            f"{' and '.join(TREE_ALGORITHMS)}; leave evaluation.tree out"
+            f"a tree was asked for (--tree {tree.top_k},{tree.depth},{tree.num_nodes} or evaluation.tree), but the "
+            f"draft is of the algorithm {loaded.algorithm.name}, which drafts chains only; leave the tree out, or give "
+            f"a draft of an algorithm that drafts trees (of those that ship: {' and '.join(TREE_ALGORITHMS)})"
         )
     decoder = SpeculativeDecoder(
         engine,

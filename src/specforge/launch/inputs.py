@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from specforge.algorithms.base import Algorithm
+from specforge.algorithms.base import Algorithm, Pace
 from specforge.algorithms.catalog import get_algorithm
 from specforge.config.run import RunConfig
 from specforge.contracts.capture import CaptureSpec, TargetInfo
@@ -45,6 +45,14 @@ class RunInputs:
     tasks: list[PromptTask]
     plan: Plan
 
+    @property
+    def pace(self) -> Pace:
+        """How fast the draft learns: what the run says, else what the algorithm recommends."""
+        chosen = {name: getattr(self.config.training, name) for name in asdict(self.algorithm.recommended)}
+        return replace(
+            self.algorithm.recommended, **{name: value for name, value in chosen.items() if value is not None}
+        )
+
     def identity(self) -> dict[str, Any]:
         """What must agree between two processes that train the same draft: everything that changes its bits."""
         training = self.config.training
@@ -61,11 +69,11 @@ class RunInputs:
             **training.model_dump(
                 mode="json",
                 include={
-                    "num_epochs", "global_batch_size", "micro_batch_tokens", "lr", "schedule", "warmup_ratio",
-                    "min_lr_ratio", "decay_ratio", "decay_shape", "optimizer", "weight_decay", "betas", "max_grad_norm",
-                    "dtype",
+                    "num_epochs", "global_batch_size", "micro_batch_tokens", "schedule", "min_lr_ratio", "decay_ratio",
+                    "decay_shape", "optimizer", "weight_decay", "betas", "dtype",
                 },
             ),
+            **asdict(self.pace),
         }  # fmt: skip
 
 

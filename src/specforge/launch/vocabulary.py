@@ -57,6 +57,8 @@ def draft_vocabulary(inputs: RunInputs) -> Tensor | None:
         "draft_vocab_size": size,
         "vocab_size": vocab_size,
     }
+    if config.data.vocabulary_cache is not None:
+        _check_cache(config.data.vocabulary_cache)
     return cached_vocabulary(config.data.vocabulary_cache or config.run_dir / "vocabulary", facts, count)
 
 
@@ -80,6 +82,16 @@ def tokenizer_sha256(target: Path) -> str:
         content = file.read_bytes()
         digest.update(f"{file.name}|{len(content)}|".encode() + content)
     return digest.hexdigest() if files else ""
+
+
+def _check_cache(directory: Path) -> None:
+    """Refuse what can be no directory, before minutes are spent on counting."""
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(
+            f"data.vocabulary_cache is {directory}, but {existing} is a file; give a directory, which may be a new "
+            "one, or leave it out"
+        )
 
 
 def _write(path: Path, facts: dict[str, str | int], kept: Tensor) -> None:

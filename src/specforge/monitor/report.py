@@ -83,9 +83,12 @@ def _headlines(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """Cards: label, value, what it is compared with, and a class that colours the value."""
     cards: list[dict[str, str]] = []
     trained, untrained = report.get("accepted_length_mean"), report.get("accepted_length_untrained")
-    if trained is not None:
+    if "accepted_length_mean" in report:
         note = "tokens a verification round" if untrained is None else f"untrained draft: {untrained:.2f}"
-        cards.append({"label": "Accepted length", "value": f"{trained:.2f}", "note": note, "kind": ""})
+        if trained is None:
+            note = "no verification round counted"
+        value = "-" if trained is None else f"{trained:.2f}"
+        cards.append({"label": "Accepted length", "value": value, "note": note, "kind": ""})
     plain, fast = report.get("tokens_per_second_plain"), report.get("tokens_per_second_speculative")
     if plain and fast is not None:
         note = f"{number(round(fast))} against {number(round(plain))} tokens per second"

@@ -44,7 +44,7 @@ from specforge.testing.algorithm_world import (
     packed,
     step_gradients,
 )
-from specforge.testing.samples import Sample, pack
+from specforge.testing.samples import SMALL_TARGET, Sample, pack
 
 LENGTHS = (19, 7, 24, 1, 12, 3, 16, 9)
 """Tokens of the eight samples of a step: long ones, and some shorter than a block or an unroll."""
@@ -222,6 +222,13 @@ class AlgorithmSuite:
         assert all(torch.equal(first[name], again[name]) for name in first)
         drawn = any(not torch.equal(first[name], other[name]) for name in first)
         assert drawn == self.initialised_at_random
+
+    def test_matrices_over_the_vocabulary_are_named(self, algorithm: Algorithm) -> None:
+        """An optimizer that orthogonalises matrices must leave them alone."""
+        target = replace(SMALL_TARGET, vocab_size=59)
+        draft = make_world(algorithm, target).draft
+        over_ids = {name for name, p in draft.named_parameters() if p.ndim == 2 and target.vocab_size in p.shape}
+        assert over_ids <= draft.vocabulary_tables()
 
     def test_a_served_state_makes_the_same_draft(self, world: World, samples: list[Sample]) -> None:
         state = world.draft.served_state()

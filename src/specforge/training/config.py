@@ -23,7 +23,11 @@ class TrainingConfig(BaseModel):
     micro_batch_tokens: PositiveInt = Field(
         2048, description="Tokens packed into one forward and backward; does not change the result."
     )
-    lr: float = Field(1e-4, gt=0.0, description="Peak learning rate.")
+    lr: float | None = Field(
+        None,
+        gt=0.0,
+        description="Peak learning rate; null: the algorithm's, 6e-4 for block drafts, 1e-4 for the others.",
+    )
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = Field(
         "cosine",
         description="How the learning rate falls after the warm-up; wsd: it stays at the peak until the last "
@@ -33,7 +37,13 @@ class TrainingConfig(BaseModel):
     decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = Field(
         "cosine", description="How wsd falls at the end."
     )
-    warmup_ratio: float = Field(0.015, ge=0.0, lt=1.0, description="Share of all steps with a rising learning rate.")
+    warmup_ratio: float | None = Field(
+        None,
+        ge=0.0,
+        lt=1.0,
+        description="Share of all steps with a rising learning rate; null: the algorithm's, 0.04 for block drafts, "
+        "0.015 for the others.",
+    )
     min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="Learning rate at the end, as a share of the peak.")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw",
@@ -41,7 +51,12 @@ class TrainingConfig(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay of AdamW's first and second moment.")
-    max_grad_norm: float = Field(0.5, gt=0.0, description="Gradients are scaled down to this global 2-norm.")
+    max_grad_norm: float | None = Field(
+        None,
+        gt=0.0,
+        description="Gradients are scaled down to this global 2-norm; null: the algorithm's, 1.0 for block drafts, 0.5 "
+        "for the others.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Number format of the draft's computations (weights and optimizer stay float32); "

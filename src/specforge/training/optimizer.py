@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from specforge.errors import DraftError
 
 OptimizerKind = Literal["adamw", "muon"]
-
-TABLES = ("lm_head.weight", "embed_tokens.weight")
-"""Two-dimensional parameters that are lookup tables: AdamW's, whatever the optimizer of the matrices is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +34,20 @@ class MasterOptimizer:
     """Owns fp32 copies of lower-precision parameters; an fp32 parameter is its own master.
 
     One ``step``: norm of all gradients in fp32, clip factor ``min(1, max_norm / (norm + 1e-6))``, update of the
-    masters, parameters <- masters rounded. Gradients are ``None`` afterwards.
+    masters, parameters <- masters rounded. Gradients are ``None`` afterwards. ``tables`` names the parameters that are
+    AdamW's whatever the optimizer of the matrices is.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings, tables: Collection[str] = ()
+    ) -> None:
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._settings = settings
         self._masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in self._parameters.items()
         }
-        self._owners = _owners(self._masters, settings)
+        self._owners = _owners(self._masters, settings, tables)
 
     def step(self, lr: float) -> float:
         """Apply the accumulated gradients with rate ``lr``; returns their norm before clipping.
@@ -99,15 +99,24 @@ class MasterOptimizer:
             master.copy_(saved)
             keys = [key for key in left if key.partition(".")[2] == name]
             if keys:
-                self._owners[name].state[master] = {key.partition(".")[0]: left.pop(key).clone() for key in keys}
+                self._owners[name].state[master] = {
+                    key.partition(".")[0]: _restored(left.pop(key), master) for key in keys
+                }
         if left:
             raise DraftError(f"the optimizer state holds {min(left)!r}, which this draft does not have")
         self._publish()
 
 
-def _owners(masters: Mapping[str, nn.Parameter], settings: OptimizerSettings) -> dict[str, torch.optim.Optimizer]:
+def _restored(saved: Tensor, master: Tensor) -> Tensor:
+    """A moment is where its master is; the step count, a scalar, stays on the CPU, where the optimizers keep it."""
+    return saved.clone() if saved.ndim == 0 else saved.to(master.device, copy=True)
+
+
+def _owners(
+    masters: Mapping[str, nn.Parameter], settings: OptimizerSettings, tables: Collection[str]
+) -> dict[str, torch.optim.Optimizer]:
     """Which optimizer updates which master."""
-    is_matrix = {name: master.ndim == 2 and not name.endswith(TABLES) for name, master in masters.items()}
+    is_matrix = {name: master.ndim == 2 and name not in tables for name, master in masters.items()}
     matrices = [name for name in masters if settings.kind == "muon" and is_matrix[name]]
     others = [name for name in masters if name not in matrices]
     owners: dict[str, torch.optim.Optimizer] = {}

@@ -19,7 +19,7 @@ class Schedule:
 
     * ``cosine``, ``linear``: from the warm-up to the end
     * ``constant``: never falls
-    * ``inverse_sqrt``: ``lr * sqrt(w / t)``, whatever ``total_steps`` is
+    * ``inverse_sqrt``: ``lr * sqrt(w / t)``, with no end
     * ``wsd`` (warm-up, stable, decay): full until the last ``int(decay_ratio * total_steps)`` steps, then by
       ``decay_shape``
     """

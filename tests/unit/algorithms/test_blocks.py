@@ -133,7 +133,7 @@ def fields(**options: object) -> dict[str, object]:
 def test_options_become_a_config_and_back():
     config = BlockDraftConfig(**fields(layer_types=["sliding_attention"] * 4 + ["full_attention"], sliding_window=8))
     assert config.aux_layers == (1, 9, 17, 25, 33)
-    assert config.mask_token_id == 39
+    assert config.mask_token_id == TARGET.vocab_size - 1
     assert config.windows() == (8, 8, 8, 8, None)
     assert BlockDraftConfig.from_dict(config.to_dict()) == config
 
@@ -163,3 +163,13 @@ def test_infinite_decay_equals_no_decay():
     """Oracle 26."""
     huge = BlockOptions(gamma=1e30).slot_weights(15)
     assert huge == BlockOptions(gamma="uniform").slot_weights(15)
+
+
+def test_masked_slots_default_to_a_row_that_no_text_uses():
+    with_tokenizer = replace(TARGET, num_tokens=TARGET.vocab_size - 3)
+    assert BlockOptions().block_fields(replace(with_tokenizer, mask_token_id=5), "DFlash")["mask_token_id"] == 5
+    assert BlockOptions().block_fields(with_tokenizer, "DFlash")["mask_token_id"] == TARGET.vocab_size - 3
+    full = replace(TARGET, num_tokens=TARGET.vocab_size)
+    assert BlockOptions().block_fields(full, "DFlash")["mask_token_id"] == TARGET.eos_token_ids[0]
+    for unknown in (replace(full, eos_token_ids=()), replace(TARGET, num_tokens=None)):
+        assert BlockOptions().block_fields(unknown, "DFlash")["mask_token_id"] == TARGET.vocab_size - 1

@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from specforge.algorithms.base import DraftRequest, Sampling, StepContext, target_logits
 from specforge.algorithms.catalog import get_algorithm, options_of
+from specforge.algorithms.domino import loss as losses_of_domino
 from specforge.algorithms.domino import proposer as domino_proposer
 from specforge.algorithms.domino.features import lambda_base
 from specforge.algorithms.parts import losses
-from specforge.algorithms.parts.blocks import sample_blocks
+from specforge.algorithms.parts.blocks import block_output, sample_blocks
 from specforge.algorithms.parts.sampling import distribution
 from specforge.testing.algorithm_world import make_world
 from specforge.testing.samples import pack
@@ -257,3 +258,17 @@ def test_a_fresh_gru_is_uniform_in_its_published_bound():
 def test_a_block_without_any_corrected_proposal_is_refused():
     with pytest.raises(ValidationError, match="pure_draft_prefix_len is 3: no proposal of a block of 4 is corrected"):
         options_of({**SMALL, "pure_draft_prefix_len": 3})
+
+
+def test_runs_are_no_longer_than_what_is_drafted(monkeypatch):
+    """The last slot is trained and never drafts: a draft that is always right is as long as its proposals."""
+    world = world_of()
+    monkeypatch.setattr(losses_of_domino, "block_output", always_right)
+    output = world.loss(batch_of(world))
+    num_proposals = world.config.num_proposals
+    assert output.correct.numel() == output.count.numel() == num_proposals == world.config.block_size - 1
+    assert int(output.runs.lengths.max()) == num_proposals
+
+
+def always_right(blocks, correct, valid):
+    return block_output(blocks, torch.ones_like(correct), valid)

@@ -333,6 +333,7 @@ def test_a_block_has_seven_slots_and_a_gamma_of_four_by_default():
     [
         ({"markov_rank": 0}, "markov_rank is 0"),
         ({"enable_confidence_head": False, "confidence_threshold": 0.5}, "confidence_threshold is 0.5 without"),
+        ({"confidence_weight": 0.0, "confidence_threshold": 0.5}, "threshold is 0.5, but confidence_weight is 0"),
         ({"ce_weight": 0.0, "l1_weight": 0.0}, "ce_weight and l1_weight are both 0"),
         ({"confidence_threshold": 1.5}, "less than or equal to 1"),
     ],

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from specforge.algorithms.eagle3.features import plan_unroll, row_weights, supervised_rows
+from specforge.algorithms.eagle3.features import plan_unroll, row_weights
+from specforge.algorithms.parts.alignment import supervised_rows
 
 
 def rows_of(supervised):

@@ -120,6 +120,8 @@ def test_catalog_builds_by_name_and_suggests_the_nearest():
     assert isinstance(get_algorithm(Eagle3Options()), Eagle3)
     with pytest.raises(ConfigError, match=r"no algorithm 'eagl3'; expected one of eagle3.*; did you mean 'eagle3'"):
         algorithm_type("eagl3")
+    with pytest.raises(ConfigError, match=r"expected one of .*, or install the package that adds it$"):
+        algorithm_type("zzz")
 
 
 def test_options_import_no_tensor_library():

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specforge.algorithms.eagle3.features import Supervision, plan_unroll, supervised_rows
+from specforge.algorithms.eagle3.features import Supervision, plan_unroll
 from specforge.algorithms.eagle3.loss import make_teacher, per_row, unroll, unroll_loss
+from specforge.algorithms.parts.alignment import supervised_rows
 from specforge.algorithms.parts.losses import Teacher, cross_entropy
 from specforge.algorithms.parts.vocabulary import target_ids
 from specforge.testing.unrolled_reference import (

@@ -40,7 +40,7 @@ def test_minimal_run_file_takes_defaults_and_paths_from_its_folder(load, tmp_pat
     config = load()
     assert config.run_dir == tmp_path / "runs/a"
     assert config.target.path == tmp_path / "target"
-    assert config.training.lr == 1e-4
+    assert config.training.lr is None
     assert config.control_plane.ledger.kind == "auto"
     assert config.algorithm.name == "eagle3"
 

@@ -53,12 +53,12 @@ def test_tree_is_decoded_where_the_algorithm_drafts_one(evaluated: Callable[...,
 def test_tree_of_another_algorithm_is_refused_and_names_those_that_draft_them(
     evaluated: Callable[..., SpeculativeReport],
 ):
-    with pytest.raises(ConfigError, match="dflash drafts chains only; trees are drafted by eagle3 and medusa"):
+    with pytest.raises(ConfigError, match=r"--tree 2,1,6 .*dflash, which drafts chains only; .*: eagle3 and medusa"):
         evaluated("dflash", tree=TREE)
 
 
 def test_options_of_sampling_reach_the_draws():
-    assert sampling_of(EvaluationConfig(top_k=3)) is None
+    assert sampling_of(EvaluationConfig()) is None
     found = sampling_of(EvaluationConfig(temperature=0.5, top_k=3, top_p=0.5, seed=9))
     assert found is not None
     assert (found.temperature, found.top_k, found.top_p) == (0.5, 3, 0.5)
@@ -71,6 +71,14 @@ def test_options_of_sampling_reach_the_draws():
 def test_values_that_mean_nothing_are_refused(wrong: dict[str, Any]):
     with pytest.raises(ValidationError):
         EvaluationConfig(**wrong)
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 3}, {"top_p": 0.9}, {"seed": 1}])
+def test_sampling_without_a_temperature_is_refused(sampling: dict[str, Any]):
+    with pytest.raises(ValidationError, match=f"{next(iter(sampling))} would do nothing.*set a temperature above 0"):
+        EvaluationConfig(**sampling)
+    assert EvaluationConfig(temperature=0.1, **sampling)
+    assert EvaluationConfig(**EvaluationConfig().model_dump()) == EvaluationConfig()
 
 
 def test_tree_of_the_command_line():

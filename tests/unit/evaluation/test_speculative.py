@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specforge.algorithms.base import DraftRequest, Proposal, Proposer
 from specforge.contracts.capture import CaptureSpec
+from specforge.demo.run import print_report
 from specforge.errors import DataError
 from specforge.evaluation import speculative as module
 from specforge.evaluation.report import DecodedPrompt, distinct_ngrams, summarise
@@ -16,6 +17,7 @@ from specforge.evaluation.speculative import SpeculativeDecoder, first_mismatch
 from specforge.evaluation.verification import Verdict, verify_greedy
 from specforge.inference.engine import TargetSession
 from specforge.inference.huggingface import HFTargetEngine
+from specforge.monitor.report import render_report
 
 SPEC = CaptureSpec((0, 2), True)
 NUM_NEW = 24
@@ -154,13 +156,27 @@ def test_stop_token_ends_both_outputs_at_the_same_place(engine: HFTargetEngine, 
     assert report.lossless
 
 
+@pytest.mark.parametrize("position", [1, 2, 4, 7, 13, 20])
+def test_round_that_a_stop_token_cuts_counts_with_the_tokens_it_committed(engine: HFTargetEngine, position: int):
+    (prompt,) = prompts(3)[2:]
+    free = engine.generate([prompt], NUM_NEW)[0].token_ids
+    last = free.index(free[position])
+    engine.info = replace(engine.info, eos_token_ids=(free[position],))
+    decoded = SpeculativeDecoder(engine, OracleProposer(engine), SPEC, 5).speculative(prompt, NUM_NEW + 6)
+    full, rest = divmod(last, 6)
+    assert decoded.accepted == (5,) * full + ((rest - 1,) if rest else ())
+    assert all(a_round.counts for a_round in decoded.rounds)
+    assert sum(len(a_round.committed) for a_round in decoded.rounds) == last
+
+
 @pytest.mark.parametrize("num_new", [1, 2, 3, 6, 7, 8])
 def test_length_limit_cuts_the_last_round_and_leaves_it_out(engine: HFTargetEngine, num_new: int):
     report = SpeculativeDecoder(engine, OracleProposer(engine), SPEC, 5).evaluate(prompts(), num_new)
     assert all(len(row.speculative_tokens) == num_new for row in report.prompts)
     assert report.lossless
     assert report.num_rounds == (4 if num_new >= 7 else 0)
-    assert report.accepted_length_mean == (6.0 if num_new >= 7 else 1.0)
+    assert report.accepted_length_mean == (6.0 if num_new >= 7 else None)
+    assert report.acceptance_per_position == ((1.0,) * 5 if num_new >= 7 else ())
 
 
 def test_verifier_that_accepts_too_much_is_found_out(engine: HFTargetEngine, monkeypatch: pytest.MonkeyPatch):
@@ -273,6 +289,19 @@ def test_ties_go_to_the_lowest_id():
     wide = torch.zeros(1, 50_000)
     wide[0, [777, 40_000]] = 1.0
     assert int(wide.argmax(-1)) == 777
+
+
+def test_report_without_a_round_is_shown_without_an_accepted_length(capsys: pytest.CaptureFixture[str]):
+    row = DecodedPrompt(3, (1, 2), (1, 2), 1.0, 1.0, (), None, False)
+    report = summarise([row], 4, judged=True).to_dict()
+    del report["prompts"]
+    assert (report["accepted_length_mean"], report["acceptance_per_position"]) == (None, ())
+    assert "no verification round counted" in render_report(report | {"accepted_length_untrained": None}, [], "title")
+    others = dict.fromkeys(["speed_up", "num_samples_trained", "num_samples_unique", "num_steps"], 1)
+    texts = dict.fromkeys(["algorithm", "topology", "draft_weights_sha256"], "a")
+    shown = {"accepted_length_untrained": 1.25, "export": {"path": "p", "format": "f"}, "wall_seconds": {}}
+    print_report(report | others | texts | shown, Path("out"))
+    assert "- tokens a round (untrained draft: 1.25)" in capsys.readouterr().err
 
 
 def test_rates_are_sums_before_ratios():

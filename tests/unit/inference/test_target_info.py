@@ -169,3 +169,28 @@ def test_missing_tokenizer_is_one_sentence(target_dir: TargetDir):
 def test_tokenizer_of_a_target_loads(tiny_target_dir: Path):
     tokenizer = load_tokenizer(tiny_target_dir)
     assert tokenizer.decode(tokenizer.encode("1 + 2 = 3")) == "1 + 2 = 3"
+
+
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.5], ["b", -2.5]]}
+ADDED = [{"content": "<mask>", "id": 5}]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "found"),
+    [
+        ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 9}}, "added_tokens": ADDED}, (5, 10)),
+        ({"model": UNIGRAM, "added_tokens": ADDED}, (5, 6)),
+        ({"model": UNIGRAM, "added_tokens": []}, (None, 3)),
+        ({"model": {"type": "BPE"}, "added_tokens": ADDED}, (5, None)),
+        ({"model": {"type": "Unigram", "vocab": []}, "added_tokens": ADDED}, (5, None)),
+        ({"model": None, "added_tokens": None}, (None, None)),
+    ],
+)
+def test_ids_of_a_tokenizer_are_those_of_its_model_and_added_ones(
+    target_dir: TargetDir, tmp_path: Path, tokenizer: dict[str, object], found: tuple[int | None, int | None]
+):
+    directory = copied(target_dir("llama"), tmp_path)
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"mask_token": {"content": "<mask>"}}))
+    info = read_target_info(directory)
+    assert (info.mask_token_id, info.num_tokens) == found

@@ -116,6 +116,16 @@ def test_runs_can_share_a_cache(tmp_path, tiny_target_dir):
     assert not (tmp_path / "a" / "run").exists()
 
 
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_a_cache_that_is_a_file_is_refused_before_anything_is_counted(tmp_path, tiny_target_dir, monkeypatch, below):
+    monkeypatch.setattr(vocabulary, "count_loss_tokens", None)
+    file = tmp_path / "cache"
+    file.touch()
+    inputs = run_inputs(tmp_path, tiny_target_dir, ROWS, vocabulary_cache=str(file / below))
+    with pytest.raises(ConfigError, match=r"data\.vocabulary_cache is .*cache is a file; give a directory"):
+        draft_vocabulary(inputs)
+
+
 def test_ids_that_the_tokenizer_does_not_know_are_refused_with_what_to_do():
     task = PromptTask(0, "a", (1, 6), ((0, 2),))
     assert count_loss_tokens([task], 8, 7)[6] == 1

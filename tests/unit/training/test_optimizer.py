@@ -111,7 +111,7 @@ def test_muon_updates_matrices_with_orthogonal_steps_and_leaves_tables_and_norms
     generator = torch.Generator().manual_seed(0)
     names = {"layer.weight": (6, 4), "lm_head.weight": (6, 4), "norm.weight": (4,)}
     parameters = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in names.items()}
-    optimizer = MasterOptimizer(parameters, OptimizerSettings(kind="muon", max_grad_norm=1e9))
+    optimizer = MasterOptimizer(parameters, OptimizerSettings(kind="muon", max_grad_norm=1e9), {"lm_head.weight"})
     before = {name: p.detach().clone() for name, p in parameters.items()}
     give_gradients(parameters, 3)
     optimizer.step(0.1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from specforge.algorithms.base import (
     Algorithm,
     DraftModel,
+    Pace,
     StepContext,
     StepOutput,
     TargetTables,
@@ -21,7 +22,7 @@ from specforge.algorithms.dflash.loss import METRICS, dflash_loss, dpace_loss
 from specforge.algorithms.dflash.model import DFlashDraft
 from specforge.algorithms.dflash.proposer import DFlashProposer
 from specforge.algorithms.draft_config import DraftConfig
-from specforge.algorithms.parts.block_backbone import initialise
+from specforge.algorithms.parts.block_backbone import BLOCK_TRAINING, initialise
 from specforge.algorithms.parts.blocks import Blocks, sample_blocks
 from specforge.contracts.batches import TrainBatch
 from specforge.contracts.capture import CaptureSpec, TargetInfo
@@ -37,6 +38,7 @@ class DFlash(Algorithm):
 
     name: ClassVar[str] = "dflash"
     config_type: ClassVar[type[DraftConfig]] = DFlashDraftConfig
+    recommended: ClassVar[Pace] = BLOCK_TRAINING
 
     def __init__(self, options: DFlashOptions) -> None:
         self.options = options

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from specforge.algorithms.parts.block_config import BlockDraftConfig, BlockOptions
 
@@ -29,3 +29,14 @@ class DFlashOptions(BlockOptions):
     dpace_alpha: float = Field(
         0.5, ge=0.0, le=1.0, description="D-PACE: confidences are mixed with 1 by this share; 1 ignores them."
     )
+
+    @model_validator(mode="after")
+    def _options_of_the_loss(self) -> Self:
+        plain = self.loss_type == "dflash"
+        if plain and self.dpace_alpha != type(self).model_fields["dpace_alpha"].default:
+            raise ValueError("dpace_alpha belongs to the dpace losses, but loss_type is dflash")
+        if not plain and self.gamma is not None:
+            raise ValueError(
+                f"gamma belongs to loss_type dflash, but it is {self.loss_type}, which weighs by confidence"
+            )
+        return self

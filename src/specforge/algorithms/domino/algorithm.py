@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from specforge.algorithms.base import Algorithm, DraftModel, StepContext, StepOutput, TargetTables, zero_output
+from specforge.algorithms.base import Algorithm, DraftModel, Pace, StepContext, StepOutput, TargetTables, zero_output
 from specforge.algorithms.domino.config import DominoDraftConfig, DominoOptions
 from specforge.algorithms.domino.features import SlotLabels, label_slots, lambda_base
 from specforge.algorithms.domino.loss import METRICS, domino_loss
 from specforge.algorithms.domino.model import DominoDraft
 from specforge.algorithms.domino.proposer import DominoProposer
 from specforge.algorithms.draft_config import DraftConfig
-from specforge.algorithms.parts.block_backbone import initialise
+from specforge.algorithms.parts.block_backbone import BLOCK_TRAINING, initialise
 from specforge.algorithms.parts.blocks import sample_blocks
 from specforge.contracts.batches import TrainBatch
 from specforge.contracts.capture import CaptureSpec, TargetInfo
@@ -30,6 +30,7 @@ class Domino(Algorithm):
 
     name: ClassVar[str] = "domino"
     config_type: ClassVar[type[DraftConfig]] = DominoDraftConfig
+    recommended: ClassVar[Pace] = BLOCK_TRAINING
 
     def __init__(self, options: DominoOptions) -> None:
         self.options = options
@@ -69,7 +70,7 @@ class Domino(Algorithm):
         assert isinstance(draft, DominoDraft)
         labels = self._labels(batch, context)
         if not labels.valid.any():
-            return zero_output(draft, self._num_trained_slots, METRICS)
+            return zero_output(draft, draft.config.num_proposals, METRICS)
         base_share = lambda_base(context, self.options.lambda_start, self.options.lambda_decay_ratio)
         return domino_loss(draft, tables, batch, labels, base_share)
 

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specforge.algorithms.base import StepOutput, TargetTables
+from specforge.algorithms.base import Runs, StepOutput, TargetTables
 from specforge.algorithms.domino.features import SlotLabels
 from specforge.algorithms.domino.model import DominoDraft
 from specforge.algorithms.parts.blocks import block_output, slot_tokens
 from specforge.algorithms.parts.losses import Objective, Source, fused_loss, softmax_, target_head
 from specforge.contracts.batches import TrainBatch
 
-METRICS = ("final_loss", "base_loss", "base_accuracy", "base_run_length", "lambda_base")
+METRICS = ("final_accuracy", "final_loss", "base_loss", "base_accuracy", "base_run_length", "lambda_base")
 
 
 class CorrectedLabels(Objective):
@@ -61,7 +61,8 @@ def domino_loss(
 ) -> StepOutput:
     """Sums of the weighted losses, undivided, and the metrics. At least one slot must have a label.
 
-    ``correct`` and ``count`` have one entry for each slot that predicts (b, or b - 1 where labels are not shifted).
+    ``correct`` and ``count`` have one entry for each slot that drafts, b - 1; the accuracies of the metrics are over
+    all that are trained.
     """
     valid, first = labels.valid, draft.config.first_label
     rows = valid.flatten().nonzero().squeeze(-1)
@@ -79,13 +80,16 @@ def domino_loss(
     base_right, _, base_runs = block_output(labels.blocks, correct(objective.base_proposal), valid[:, first:])
     total = weights.sum()
     metrics = {
+        "final_accuracy": (right.sum(), count.sum()),
         "final_loss": ((objective.final * weights).sum(), total),
         "base_loss": ((objective.base * weights).sum(), total),
         "base_accuracy": (base_right.sum(), count.sum()),
         "base_run_length": base_runs.sums(),
         "lambda_base": (total * base_share, total),
     }
-    return StepOutput(loss, right, count, runs, metrics)
+    num_proposals = draft.config.num_proposals  # the last slot is trained, and never drafts
+    runs = Runs(runs.anchors, runs.lengths.clamp(max=num_proposals))
+    return StepOutput(loss, right[:num_proposals], count[:num_proposals], runs, metrics)
 
 
 def correction_inputs(

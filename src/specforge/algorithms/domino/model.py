@@ -31,6 +31,9 @@ class DominoDraft(BlockBackbone):
             nn.Linear(config.emb_dim, config.vocab_size, bias=False),
         )
 
+    def vocabulary_tables(self) -> frozenset[str]:
+        return super().vocabulary_tables() | {"embed_proj.2.weight"}
+
     @property
     def correction_head(self) -> Tensor:
         """[V, E]."""

@@ -7,14 +7,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from specforge.algorithms.base import Algorithm, DraftModel, StepContext, StepOutput, TargetTables, zero_output
+from specforge.algorithms.base import Algorithm, DraftModel, Pace, StepContext, StepOutput, TargetTables, zero_output
 from specforge.algorithms.draft_config import DraftConfig
 from specforge.algorithms.dspark.config import DSparkDraftConfig, DSparkOptions
 from specforge.algorithms.dspark.features import SlotLabels, label_slots
 from specforge.algorithms.dspark.loss import LossWeights, dspark_loss, metric_names
 from specforge.algorithms.dspark.model import DSparkDraft
 from specforge.algorithms.dspark.proposer import DSparkProposer
-from specforge.algorithms.parts.block_backbone import INIT_STD, initialise
+from specforge.algorithms.parts.block_backbone import BLOCK_TRAINING, INIT_STD, initialise
 from specforge.algorithms.parts.blocks import sample_blocks
 from specforge.contracts.batches import TrainBatch
 from specforge.contracts.capture import CaptureSpec, TargetInfo
@@ -29,6 +29,7 @@ class DSpark(Algorithm):
 
     name: ClassVar[str] = "dspark"
     config_type: ClassVar[type[DraftConfig]] = DSparkDraftConfig
+    recommended: ClassVar[Pace] = BLOCK_TRAINING
 
     def __init__(self, options: DSparkOptions) -> None:
         self.options = options

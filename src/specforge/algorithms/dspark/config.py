@@ -77,6 +77,11 @@ class DSparkOptions(BlockOptions):
                 f"confidence_threshold is {self.confidence_threshold} without a confidence head; "
                 "set enable_confidence_head=true or leave the threshold at 0"
             )
+        if self.confidence_threshold > 0 and not self.confidence_weight:
+            raise ValueError(
+                f"confidence_threshold is {self.confidence_threshold}, but confidence_weight is 0, so nothing teaches "
+                "the confidence; set a confidence_weight above 0 or leave the threshold at 0"
+            )
         if self.ce_weight == self.l1_weight == 0:
             raise ValueError("ce_weight and l1_weight are both 0: nothing teaches the draft; set one above 0")
         return self

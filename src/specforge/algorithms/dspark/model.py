@@ -51,6 +51,9 @@ class DSparkDraft(BlockBackbone):
             self.markov_head = MARKOV_HEADS[config.markov_head_type](config)
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
 
+    def vocabulary_tables(self) -> frozenset[str]:
+        return super().vocabulary_tables() | {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight"}
+
     def slot_outputs(self, tables: TargetTables, batch: TrainBatch[Tensor], labels: SlotLabels) -> SlotOutputs:
         """All slots of the blocks of ``labels``, each told its true previous token."""
         config, blocks = self.config, labels.blocks

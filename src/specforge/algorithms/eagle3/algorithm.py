@@ -17,10 +17,11 @@ from specforge.algorithms.base import (
 )
 from specforge.algorithms.draft_config import DraftConfig, checked_layers, pruned_size
 from specforge.algorithms.eagle3.config import Eagle3DraftConfig, Eagle3Options
-from specforge.algorithms.eagle3.features import plan_unroll, row_weights, supervised_rows
+from specforge.algorithms.eagle3.features import plan_unroll, row_weights
 from specforge.algorithms.eagle3.loss import make_teacher, metric_names, row_loss, unroll, unroll_loss
 from specforge.algorithms.eagle3.model import Eagle3Draft
 from specforge.algorithms.eagle3.proposer import Eagle3Proposer
+from specforge.algorithms.parts.alignment import supervised_rows
 from specforge.algorithms.parts.vocabulary import target_ids
 from specforge.contracts.batches import TrainBatch
 from specforge.contracts.capture import CaptureSpec, TargetInfo

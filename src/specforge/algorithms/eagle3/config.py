@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from specforge.algorithms.parts.architectures import (
     ArchitectureConfig,
@@ -86,3 +86,11 @@ class Eagle3Options(ArchitectureOptions):
         False, description="The residual of the attention block is the normed hidden state instead of the raw one."
     )
     norm_before_fc: bool = Field(False, description="One RMSNorm over all auxiliary blocks before they are fused.")
+
+    @model_validator(mode="after")
+    def _options_of_the_loss(self) -> Self:
+        fields = type(self).model_fields
+        unused = [name for name in ("lk_decay", "lk_scale") if getattr(self, name) != fields[name].default]
+        if unused and self.loss not in {"lk_hybrid", "lk_batch"}:
+            raise ValueError(f"{unused[0]} belongs to loss lk_hybrid and lk_batch, but loss is {self.loss}")
+        return self

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specforge.algorithms.parts.alignment import document_ends, visible_context
 from specforge.algorithms.parts.attention import PackedLayout, packed_layout
 from specforge.contracts.batches import TrainBatch
 
@@ -51,21 +52,6 @@ class Supervision:
     teachers: Tensor
 
 
-def supervised_rows(batch: TrainBatch[Tensor], num_steps: int, mask_offset: int) -> Tensor:
-    """bool [K, T]: row ``j`` is supervised at step ``k``.
-
-    True iff the loss mask of token ``j + mask_offset + k`` is set, and that token and the teacher ``j + 1 + k`` belong
-    to the document of ``j``.
-    """
-    num_tokens = batch.input_ids.numel()
-    tokens = torch.arange(num_tokens, device=batch.input_ids.device)
-    steps = torch.arange(num_steps, device=tokens.device).unsqueeze(-1)
-    labels = tokens + mask_offset + steps
-    reach = tokens + max(mask_offset, 1) + steps
-    inside = reach < _document_ends(batch)
-    return inside & batch.loss_mask.to(torch.bool)[labels.clamp(max=max(num_tokens - 1, 0))]
-
-
 def row_weights(batch: TrainBatch[Tensor], first: Tensor, normalisation: str) -> tuple[Tensor, float]:
     """Weight of the rows of each token in the loss, fp32 [T], and the divisor that belongs to it.
 
@@ -90,8 +76,8 @@ def plan_unroll(batch: TrainBatch[Tensor], supervised: Tensor) -> tuple[UnrollPl
     """
     num_steps, num_tokens = supervised.shape
     rows = supervised.any(0).nonzero().squeeze(-1)
-    ends = _document_ends(batch)
-    context, lengths = _visible(batch, rows)
+    ends = document_ends(batch)
+    context, lengths = visible_context(batch, rows)
     ahead = rows + 1 + torch.arange(num_steps, device=rows.device).unsqueeze(-1)
     plan = UnrollPlan(
         context=context,
@@ -102,22 +88,3 @@ def plan_unroll(batch: TrainBatch[Tensor], supervised: Tensor) -> tuple[UnrollPl
         layout=packed_layout(lengths, torch.searchsorted(context, rows)),
     )
     return plan, Supervision(mask=supervised[:, rows], teachers=ahead.clamp(max=max(num_tokens - 1, 0)))
-
-
-def _visible(batch: TrainBatch[Tensor], rows: Tensor) -> tuple[Tensor, list[int]]:
-    """Tokens up to the last of ``rows`` in each document, int64 [C], and their number a document."""
-    starts = torch.tensor((0, *batch.lengths), dtype=torch.int64).cumsum(0)
-    cpu_rows = rows.cpu()
-    last = torch.searchsorted(cpu_rows, starts[1:]) - 1
-    first_rows = torch.searchsorted(cpu_rows, starts[:-1])
-    lengths = torch.where(last >= first_rows, cpu_rows[last.clamp(min=0)] + 1 - starts[:-1], 0)
-    offsets = torch.repeat_interleave(starts[:-1] - (lengths.cumsum(0) - lengths), lengths)
-    context = torch.arange(offsets.numel()) + offsets
-    return context.to(rows.device), lengths.tolist()
-
-
-def _document_ends(batch: TrainBatch[Tensor]) -> Tensor:
-    """int64 [T]: index one past the document of each token."""
-    lengths = torch.tensor(batch.lengths, dtype=torch.int64)
-    ends = torch.repeat_interleave(lengths.cumsum(0), lengths)
-    return ends.to(batch.input_ids.device)

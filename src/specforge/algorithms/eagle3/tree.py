@@ -81,9 +81,9 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Descending, equal ones by column; all of a row where ``count`` is more than W.
     """
     count = min(count, values.shape[1])
+    values = values.nan_to_num(nan=float("-inf"))  # a draft that broke down: its tokens are the last to be taken
     border = values.topk(count, dim=1).values[:, -1:]
-    # the negation lets rows of NaN through
-    rows, columns = (~(values < border)).nonzero(as_tuple=True)
+    rows, columns = (values >= border).nonzero(as_tuple=True)
     kept = values[rows, columns].cpu()
     rows, columns = rows.cpu(), columns.cpu()
     order = kept.argsort(descending=True, stable=True)

@@ -52,6 +52,9 @@ class MedusaDraft(DraftModel):
         state: Tensor = block(last.to(block.dtype))
         return state
 
+    def vocabulary_tables(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.named_parameters() if name.startswith("lm_heads."))
+
     def head_weight(self, head: int) -> Tensor:
         """[V, H]; only where the target's head is not shared."""
         module = self.lm_heads[head]

@@ -79,8 +79,17 @@ class Architecture(ABC):
     attention: ClassVar[str]
 
     def sizes(self, options: ArchitectureOptions, target: TargetInfo) -> dict[str, Any]:
-        """Fields of the draft config that this architecture sets, or sets otherwise than the options say."""
-        del options, target
+        """Fields of the draft config that this architecture sets, or sets otherwise than the options say.
+
+        Options that it has no use for are a :class:`ConfigError`.
+        """
+        del target
+        unused = [name for name in LATENT_OPTIONS if getattr(options, name) is not None]
+        if unused:
+            raise ConfigError(
+                f"{unused[0]} is a size of the architecture 'mla', but architecture is {options.architecture!r}; "
+                "leave it out, or set architecture: mla"
+            )
         return {}
 
     @abstractmethod
@@ -95,6 +104,8 @@ class Architecture(ABC):
                 f"({config.num_key_value_heads}) and head_dim ({config.head_dim}) even; change the draft config"
             )
 
+
+LATENT_OPTIONS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 _registered: dict[str, Architecture] = {}
 
@@ -180,7 +191,6 @@ class LatentSizes:
     @classmethod
     def of(cls, config: ArchitectureConfig) -> LatentSizes:
         """The sizes in ``config``; a missing one is a :class:`DraftError`."""
-        names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         values = (
             config.q_lora_rank,
             config.kv_lora_rank,
@@ -190,7 +200,7 @@ class LatentSizes:
         )
         known = [value for value in values if value is not None]
         if len(known) < len(values):
-            missing = names[values.index(None)]
+            missing = LATENT_OPTIONS[values.index(None)]
             raise DraftError(f"a draft of the architecture 'mla' needs {missing}, got none; add it to the draft config")
         return cls(*known)
 
@@ -211,6 +221,8 @@ class MultiHeadLatent(Architecture):
             )
         nope = options.qk_nope_head_dim or default.nope
         rope = options.qk_rope_head_dim or default.rope
+        if rope % 2:
+            raise ConfigError(f"qk_rope_head_dim must be even, got {rope}; its halves are rotated as pairs")
         if options.head_dim is not None or options.num_key_value_heads is not None:
             raise ConfigError(
                 "the architecture 'mla' has no head_dim and no num_key_value_heads of its own; set qk_nope_head_dim, "

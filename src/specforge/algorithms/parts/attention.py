@@ -121,17 +121,17 @@ def unrolled_attention(
 
 
 class _UnrolledAttention(torch.autograd.Function):
-    """Keeps the joint probabilities for the backward; all stored keys and values get gradients."""
+    """All stored keys and values get gradients. Probabilities of the causal part are made again in the backward, a
+    group at a time, so that what is kept grows with the rows and not with their square.
+    """
 
     @staticmethod
     def forward(ctx: Any, layout: PackedLayout, queries: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
         rows, num_heads, size = queries.shape
         num_groups = keys.shape[1]
         grouped = queries.reshape(rows, num_groups, num_heads // num_groups, size)
-        own_scores = queries.new_empty(*grouped.shape[:3], 0, dtype=torch.float32)
-        if own:
-            own_scores = torch.matmul(grouped, _stack(own[0::2]).transpose(-1, -2)).float() * size**-0.5
-        saved, parts, own_parts = [], [], []
+        own_scores = _own_scores(grouped, own)
+        parts, own_parts = [], []
         for group in layout.groups:
             probabilities = _probabilities(group, grouped, keys, own_scores)
             causal, diagonal = probabilities.split((group.num_keys, len(own) // 2), dim=-1)
@@ -139,28 +139,27 @@ class _UnrolledAttention(torch.autograd.Function):
                 _unfold_rows(group, torch.bmm(causal.to(values.dtype), _columns(group, values)), grouped.shape[2])
             )
             own_parts.append(_unfold_rows(group, diagonal, grouped.shape[2]))
-            saved.append(probabilities)
         output = _gather(parts, layout.row_slots)
         own_weights = _gather(own_parts, layout.row_slots).view_as(own_scores)
         if own:
             output += torch.matmul(own_weights.to(values.dtype), _stack(own[1::2]))
         result = output.flatten(1, 2)
         ctx.layout = layout
-        ctx.num_own = len(own)
-        ctx.save_for_backward(queries, keys, values, result, own_weights, *own, *saved)
+        ctx.save_for_backward(queries, keys, values, result, own_weights, *own)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        queries, keys, values, result, own_weights, *rest = ctx.saved_tensors
-        own, saved = rest[: ctx.num_own], rest[ctx.num_own :]
+        queries, keys, values, result, own_weights, *own = ctx.saved_tensors
         layout: PackedLayout = ctx.layout
         rows, num_heads, size = queries.shape
         shape = (rows, keys.shape[1], num_heads // keys.shape[1], size)
         grouped, upstream = queries.reshape(shape), gradients[0].reshape(*shape[:3], values.shape[2])
         inner = (upstream * result.view_as(upstream)).sum(-1, keepdim=True, dtype=torch.float32)
         query_parts, key_parts, value_parts = [], [], []
-        for group, probabilities in zip(layout.groups, saved, strict=True):
+        own_scores = _own_scores(grouped, own)
+        for group in layout.groups:
+            probabilities = _probabilities(group, grouped, keys, own_scores)
             parts = _backward_group(group, probabilities, (grouped, keys, values), upstream, inner)
             query_parts.append(parts[0])
             key_parts.append(parts[1])
@@ -183,6 +182,14 @@ class _UnrolledAttention(torch.autograd.Function):
 def _stack(steps: Sequence[Tensor]) -> Tensor:
     """k tensors [R, m, .] -> [R, m, k, .]: a row's own keys or values of the later steps."""
     return torch.stack(tuple(steps), dim=2)
+
+
+def _own_scores(grouped: Tensor, own: Sequence[Tensor]) -> Tensor:
+    """fp32 [R, m, g, k]: scores of a row's own later keys; ``own`` are keys and values in turn."""
+    if not own:
+        return grouped.new_empty(*grouped.shape[:3], 0, dtype=torch.float32)
+    scores: Tensor = torch.matmul(grouped, _stack(own[0::2]).transpose(-1, -2)).float()
+    return scores * float(grouped.shape[-1] ** -0.5)
 
 
 def _probabilities(group: DocumentGroup, grouped: Tensor, keys: Tensor, own_scores: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from specforge.algorithms.base import DraftModel, TargetTables
+from specforge.algorithms.base import DraftModel, Pace, TargetTables
 from specforge.algorithms.parts.block_attention import BlockLayout, block_attention
 from specforge.algorithms.parts.block_config import BlockDraftConfig
 from specforge.algorithms.parts.decoder import Attention, DecoderLayer
@@ -18,6 +18,10 @@ from specforge.errors import DraftError
 
 INIT_STD = 0.02
 INITIAL_TOKENS = 256
+
+
+BLOCK_TRAINING = Pace(lr=6e-4, warmup_ratio=0.04, max_grad_norm=1.0)
+"""How block drafts are trained: the published recipe of DFlash."""
 
 
 class BlockBackbone(DraftModel):
@@ -133,7 +137,7 @@ def _attend(queries: Tensor, joint: Tensor, window: int | None) -> Tensor:
     if window is not None:
         ahead = torch.arange(num_columns, device=joint.device) - (num_columns - size)
         behind = torch.arange(size, device=joint.device)[:, None] - ahead
-        scores.unflatten(1, (-1, size)).masked_fill_((behind < 0) | (behind >= window), float("-inf"))
+        scores.unflatten(1, (-1, size)).masked_fill_((behind < 0) | ((behind >= window) & (ahead < 0)), float("-inf"))
     attended = torch.bmm(torch.softmax(scores, dim=-1).to(values.dtype), values)
     rows: Tensor = attended.unflatten(1, (-1, size)).permute(2, 0, 1, 3).flatten(1, 2)
     return rows

@@ -78,8 +78,8 @@ class BlockOptions(SizeOptions):
     mask_token_id: int | None = Field(
         None,
         ge=0,
-        description="Token whose embedding stands in the masked slots; null: the last row of the target's vocabulary. "
-        "Choose one that never occurs in text, such as the tokenizer's mask token or an unused row.",
+        description="Token whose embedding stands in the masked slots; null: the tokenizer's mask token, else the "
+        "first row that it does not know, else a stop token. A token of the text is a poor choice.",
     )
     aux_layers: tuple[LayerId, ...] | None = Field(
         None,
@@ -104,7 +104,7 @@ class BlockOptions(SizeOptions):
 
     def block_fields(self, target: TargetInfo, algorithm: str) -> dict[str, Any]:
         """All fields of :class:`BlockDraftConfig` for ``target``. Raises :class:`ConfigError`, naming ``algorithm``."""
-        mask = target.vocab_size - 1 if self.mask_token_id is None else self.mask_token_id
+        mask = target.unused_token_id if self.mask_token_id is None else self.mask_token_id
         if mask >= target.vocab_size:
             raise ConfigError(
                 f"mask_token_id must be a row of the target's embedding, 0 to {target.vocab_size - 1}, got {mask}; "

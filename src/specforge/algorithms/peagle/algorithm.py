@@ -51,7 +51,7 @@ class PEagle(Algorithm):
 
     def draft_config(self, target: TargetInfo) -> PEagleDraftConfig:
         options = self.options
-        mask_token_id = target.vocab_size - 1 if options.mask_token_id is None else options.mask_token_id
+        mask_token_id = target.unused_token_id if options.mask_token_id is None else options.mask_token_id
         if mask_token_id >= target.vocab_size:
             raise ConfigError(
                 f"mask_token_id must be an id of the target's vocabulary of {target.vocab_size}, got {mask_token_id}; "

@@ -43,7 +43,9 @@ class PEagleOptions(SizeOptions):
         "predicts; 0 and 1 are the alignments of public trainers.",
     )
     mask_token_id: NonNegativeInt | None = Field(
-        None, description="Token whose embedding stands for unknown tokens; null: the vocabulary's last row."
+        None,
+        description="Token whose embedding stands for unknown tokens; null: as for block drafts, the "
+        "tokenizer's mask token, else an unused row.",
     )
     freeze_lm_head: bool = Field(False, description="Keep the draft's output head at the target's rows.")
     draft_vocab_size: PositiveInt | None = Field(

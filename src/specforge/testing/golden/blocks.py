@@ -136,19 +136,6 @@ def check_backbone(vector: Vector, result: Comparison, case: BlockCase, draft: B
             result.check(Kind.METRICS, name, mine.long(), _kept_mask(case, tensors[name][:, 0]).long())
 
 
-def check_gradients(vector: Vector, result: Comparison, draft: torch.nn.Module) -> None:
-    """Every gradient of the vector, and none of ours beyond them."""
-    mine = {name: p.grad for name, p in draft.named_parameters() if p.grad is not None}
-    expected = vector.group("grad")
-    for name, gradient in expected.items():
-        result.check(Kind.GRADIENTS, f"grad.{name}", mine.pop(name), gradient)
-    if left := sorted(name for name, gradient in mine.items() if bool((gradient != 0).any())):
-        raise ValueError(f"gradients that the vector does not have: {left}")
-    if expected:
-        norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-        result.check(Kind.GRADIENTS, "grad_norm", norm, vector.facts["grad_norm"])
-
-
 def check_loss(vector: Vector, result: Comparison, loss: Tensor) -> None:
     result.check(Kind.LOSSES, "loss", loss, vector.facts["loss"])
     if "out.loss" in vector.tensors:

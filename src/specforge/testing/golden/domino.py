@@ -24,11 +24,11 @@ from specforge.testing.golden.blocks import (
     BlockCase,
     block_fields,
     check_backbone,
-    check_gradients,
     check_loss,
     padded_case,
 )
-from specforge.testing.golden.report import Comparison, Kind, NotBuilt
+from specforge.testing.golden.gradients import check_gradients
+from specforge.testing.golden.report import Comparison, Kind, Metrics, NotBuilt
 from specforge.testing.golden.vectors import Vector
 
 EPS = 1e-6
@@ -75,18 +75,19 @@ def _loss(vector: Vector, result: Comparison) -> None:
     loss.backward()
     check_loss(vector, result, loss)
     check_gradients(vector, result, draft)
-    expected = facts["metrics"]
-    count = output.count.sum().float()
-    result.check(Kind.METRICS, "accuracy", output.correct.sum().float() / (count + EPS), facts["accuracy"])
-    result.check(Kind.METRICS, "accuracy_denom", count, expected["accuracy_denom"])
+    right, count = (value.float() for value in output.metrics["final_accuracy"])
+    mine: Metrics = {
+        "accuracy": (Kind.METRICS, right / (count + EPS)),
+        "accuracy_denom": (Kind.METRICS, count),
+        "lambda_base": (Kind.RATES, torch.div(*output.metrics["lambda_base"])),
+        "accept_len": (Kind.METRICS, _accepted_length(case, labels, final, config.first_label)),
+        "base_accept_len": (Kind.METRICS, _accepted_length(case, labels, base, config.first_label)),
+    }
     for name in ("final_loss", "base_loss", "base_accuracy"):
         value, total = output.metrics[name]
         kind = Kind.METRICS if name == "base_accuracy" else Kind.LOSSES
-        result.check(kind, name, value.float() / (total.float() + EPS), expected[name])
-    value, total = output.metrics["lambda_base"]
-    result.check(Kind.RATES, "lambda_base", value / total, expected["lambda_base"])
-    for name, logits in (("accept_len", final), ("base_accept_len", base)):
-        result.check(Kind.METRICS, name, _accepted_length(case, labels, logits, config.first_label), expected[name])
+        mine[name] = (kind, value.float() / (total.float() + EPS))
+    result.check_recorded({"accuracy": facts["accuracy"], **facts["metrics"]}, mine)
 
 
 @contextmanager

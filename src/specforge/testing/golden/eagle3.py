@@ -5,8 +5,6 @@ Legend: B samples, S padded length, T = B * S packed tokens (a padded sample is 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from specforge.algorithms.base import StepContext, TargetTables, target_logits
 from specforge.algorithms.eagle3.algorithm import Eagle3
 from specforge.algorithms.eagle3.config import Eagle3DraftConfig, Eagle3Options
-from specforge.algorithms.eagle3.features import Supervision, UnrollPlan, plan_unroll, supervised_rows
+from specforge.algorithms.eagle3.features import Supervision, UnrollPlan, plan_unroll
 from specforge.algorithms.eagle3.loss import (
     LossRows,
     RowLoss,
@@ -29,6 +27,7 @@ from specforge.algorithms.eagle3.loss import (
     unroll_loss,
 )
 from specforge.algorithms.eagle3.model import Eagle3Draft
+from specforge.algorithms.parts.alignment import supervised_rows
 from specforge.algorithms.parts.attention import packed_layout
 from specforge.algorithms.parts.losses import (
     SoftTargets,
@@ -41,8 +40,10 @@ from specforge.algorithms.parts.losses import (
 from specforge.algorithms.parts.vocabulary import target_ids
 from specforge.contracts.batches import TrainBatch
 from specforge.contracts.refs import Slot
-from specforge.testing.golden.report import Comparison, Kind, NotBuilt
-from specforge.testing.golden.vectors import Vector, read_vector
+from specforge.testing.golden.gradients import check_gradients
+from specforge.testing.golden.position_losses import POSITION_LOSSES, loss_terms
+from specforge.testing.golden.report import Comparison, Kind, Metrics, NotBuilt
+from specforge.testing.golden.vectors import Vector, named_source
 
 STEP_DECAY = 0.8
 
@@ -88,7 +89,7 @@ def _specforge(vector: Vector, result: Comparison) -> None:
     _check_list(vector, result, Kind.METRICS, "acc_denoms", output.count)
     _check_list(vector, result, Kind.METRICS, "acces", output.correct.float() / output.count.float())
     _check_list(vector, result, Kind.RATES, "acceptance_rates", torch.stack(rates))
-    _check_gradients(vector, result, case.draft)
+    check_gradients(vector, result, case.draft, _product_name)
 
 
 class _SpecForgeObjective:
@@ -155,10 +156,7 @@ def padded_case(vector: Vector, num_steps: int, extra: dict[str, Any]) -> _Case:
 
 def _torchspec(vector: Vector, result: Comparison) -> None:
     """SpecForge's inputs; each step divided by its own number of rows with an in-vocabulary teacher."""
-    named = re.search(r"(\S+)\.safetensors", vector.facts["inputs"])
-    if named is None:
-        raise ValueError(f"no file named in inputs: {vector.facts['inputs']!r}")
-    source = read_vector(vector.path.parent / f"{named[1]}.json")
+    source = named_source(vector)
     case = padded_case(source, len(vector.facts["plosses"]), source.facts["cfg_extra"])
     plan, supervision, teacher = _full_plan(case)
     counts = _known_counts(supervision, teacher).clamp(min=1)
@@ -169,7 +167,7 @@ def _torchspec(vector: Vector, result: Comparison) -> None:
     step_losses = [output.metrics[f"loss_step_{k}"][0] / counts[k] for k in range(case.num_steps)]
     _check_losses(vector, result, output.loss_sum, step_losses)
     _check_list(vector, result, Kind.METRICS, "acces", output.correct.float() / counts.float())
-    _check_gradients(vector, result, case.draft)
+    check_gradients(vector, result, case.draft, _product_name)
 
 
 # --- DeepSpec --------------------------------------------------------------------------------------------------------
@@ -190,19 +188,23 @@ def _deepspec(vector: Vector, result: Comparison) -> None:
     size = case.batch.input_ids.numel()
     loss = output.loss_sum / size
     loss.backward()
-    metrics = vector.facts["metrics"]
     _check_losses(vector, result, loss, [])
-    _check_gradients(vector, result, draft)
-    for k in range(case.num_steps):
-        result.check(Kind.LOSSES, f"ploss_{k}", output.metrics[f"loss_step_{k}"][0] / size, metrics[f"train/ploss_{k}"])
-        result.check(Kind.METRICS, f"valid_tokens@{k}", output.count[k], metrics[f"train/valid_tokens@{k}"])
-        accuracy = output.correct[k].double() / output.count[k].double()
-        result.check(Kind.METRICS, f"accuracy@{k}", accuracy, metrics[f"train/accuracy@{k}"])
-        rate = torch.div(*output.metrics[f"acceptance_rate_{k}"])
-        result.check(Kind.RATES, f"accept_rate@{k}", rate, metrics[f"train/accept_rate@{k}"])
+    check_gradients(vector, result, draft, _product_name)
     run_sum, run_count = output.runs.sums()
-    result.check(Kind.METRICS, "tau_greedy", run_sum.double() / run_count.double(), metrics["train/tau_greedy"])
-    result.check(Kind.RATES, "tau_probabilistic", _tau(case, logits), metrics["train/tau_probabilistic"])
+    mine: Metrics = {
+        "train/loss": (Kind.LOSSES, loss),
+        "train/tau_greedy": (Kind.METRICS, run_sum.double() / run_count.double()),
+        "train/tau_probabilistic": (Kind.RATES, _tau(case, logits)),
+    }
+    for k in range(case.num_steps):
+        accuracy = output.correct[k].double() / output.count[k].double()
+        mine |= {
+            f"train/ploss_{k}": (Kind.LOSSES, output.metrics[f"loss_step_{k}"][0] / size),
+            f"train/valid_tokens@{k}": (Kind.METRICS, output.count[k]),
+            f"train/accuracy@{k}": (Kind.METRICS, accuracy),
+            f"train/accept_rate@{k}": (Kind.RATES, torch.div(*output.metrics[f"acceptance_rate_{k}"])),
+        }
+    result.check_recorded(vector.facts["metrics"], mine)
 
 
 def _tau(case: _Case, logits: list[Tensor]) -> Tensor:
@@ -255,17 +257,21 @@ def _speculators(vector: Vector, result: Comparison) -> None:
         expected = vector.tensors[f"out.step{k}.logits"].flatten(0, 1)
         result.check(Kind.LOGITS, f"out.step{k}.logits", step[rows], expected[rows])
     _check_losses(vector, result, total, [])
-    for name, value in outcome.metrics.items():
-        kind = Kind.LOSSES if name.startswith("loss") else Kind.METRICS
-        result.check(kind, name, value, facts["metrics"][name])
-    _check_gradients(vector, result, draft)
+    result.check_recorded(
+        facts["metrics"],
+        {
+            name: (Kind.LOSSES if name.startswith("loss") else Kind.METRICS, value)
+            for name, value in outcome.metrics.items()
+        },
+    )
+    check_gradients(vector, result, draft, _product_name)
 
 
 class _SpeculatorsLoss:
     """Loss and cumulative accuracies of that project, written out on whole logits [T, W]."""
 
     def __init__(self, loss_fn: str, decay: float) -> None:
-        self.terms: dict[str, float] = json.loads(loss_fn) if loss_fn.startswith("{") else {loss_fn: 1.0}
+        self.terms = loss_terms(loss_fn)
         self.decay = decay
         self.metrics: dict[str, Tensor] = {}
 
@@ -281,45 +287,14 @@ class _SpeculatorsLoss:
             correct_so_far = correct_so_far & mask & (step.argmax(-1) == target.argmax(-1))
             self.metrics |= {
                 f"loss_{k}_sum": loss,
+                f"loss_{k}_total": torch.ones(()),
                 f"full_acc_{k}_sum": correct_so_far.sum(),
                 f"full_acc_{k}_total": mask.sum(),
                 f"cond_acc_{k}_sum": correct_so_far.sum(),
                 f"cond_acc_{k}_total": conditional.sum(),
             }
-        self.metrics["loss_sum"] = total
+        self.metrics |= {"loss_sum": total, "loss_total": torch.ones(())}
         return total
-
-
-def _kl(draft: Tensor, teacher: Tensor) -> Tensor:
-    return F.kl_div(F.log_softmax(draft, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True).sum(-1)
-
-
-def _overlap(draft: Tensor, teacher: Tensor) -> Tensor:
-    return torch.minimum(torch.softmax(draft, -1), torch.softmax(teacher, -1)).sum(-1)
-
-
-def _jsd(draft: Tensor, teacher: Tensor) -> Tensor:
-    q, p = F.log_softmax(draft, -1), F.log_softmax(teacher, -1)
-    mix = torch.logaddexp(q, p) - torch.log(torch.tensor(2.0))
-    return 0.5 * ((p.exp() * (p - mix)).sum(-1) + (q.exp() * (q - mix)).sum(-1))
-
-
-def _lk_hybrid(draft: Tensor, teacher: Tensor) -> Tensor:
-    overlap = _overlap(draft, teacher)
-    blend = torch.exp(-3.0 * overlap.detach())
-    return blend * _kl(draft, teacher) + (1 - blend) * (1 - overlap)
-
-
-POSITION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "kl_div": _kl,
-    "reverse_kl": lambda draft, teacher: _kl(teacher, draft),
-    "jsd": _jsd,
-    "ce": lambda draft, teacher: F.cross_entropy(draft, teacher.argmax(-1), reduction="none"),
-    "tv": lambda draft, teacher: 1 - _overlap(draft, teacher),
-    "nla": lambda draft, teacher: -_overlap(draft, teacher).clamp(min=1e-5).log(),
-    "lk_hybrid": _lk_hybrid,
-}
-"""Per-row losses of draft and teacher logits [T, W]."""
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -424,18 +399,6 @@ def _check_list(vector: Vector, result: Comparison, kind: Kind, name: str, got: 
         result.check(kind, name, got, torch.tensor(vector.facts[name], dtype=torch.float64))
     if f"out.{name}" in vector.tensors:
         result.check(kind, f"out.{name}", got, vector.tensors[f"out.{name}"])
-
-
-def _check_gradients(vector: Vector, result: Comparison, draft: Eagle3Draft) -> None:
-    """Every gradient of the vector, and none of ours beyond them."""
-    mine = {name: p.grad for name, p in draft.named_parameters() if p.grad is not None}
-    expected = vector.group("grad")
-    for name, gradient in expected.items():
-        result.check(Kind.GRADIENTS, f"grad.{name}", mine.pop(_product_name(name)), gradient)
-    if mine:
-        raise ValueError(f"gradients that the vector does not have: {sorted(mine)}")
-    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    result.check(Kind.GRADIENTS, "grad_norm", norm, vector.facts["grad_norm"])
 
 
 def _run_lengths(document_ids: Tensor) -> tuple[int, ...]:

@@ -16,8 +16,8 @@ from specforge.algorithms.base import DraftRequest, Proposal, TargetTables, Tree
 from specforge.algorithms.eagle3.model import Eagle3Draft
 from specforge.algorithms.eagle3.proposer import Eagle3Proposer
 from specforge.testing.golden.eagle3 import padded_case
-from specforge.testing.golden.report import Comparison, Kind
-from specforge.testing.golden.vectors import Vector, read_vector
+from specforge.testing.golden.report import Comparison, InputsAbsent, Kind
+from specforge.testing.golden.vectors import Vector, read_source
 
 TREE_KEYS = {
     "name",
@@ -38,7 +38,7 @@ def run_eagle_tree(vector: Vector, result: Comparison) -> None:
     """Every tree of ``trees``. ``weights`` names a file below the golden directory, ``inputs`` the sample of it."""
     file = _named(r"(\S+)\.safetensors", vector.facts["weights"])
     sample = int(_named(r"sample (\d+)", vector.facts["inputs"]))
-    source = read_vector(_above(vector.path, f"{file}.json"))
+    source = read_source(_above(vector.path, f"{file}.json"))
     case = padded_case(source, 1, source.facts["cfg_extra"])
     ids, aux = source.tensors["in.input_ids"][sample].tolist(), source.tensors["in.aux_hidden"][sample]
     for place, tree in enumerate(vector.facts["trees"]):
@@ -91,11 +91,11 @@ def _check(
 
 
 def _above(start: Path, file: str) -> Path:
-    """``file`` below the nearest directory above ``start`` that has it."""
+    """``file`` below the nearest directory above ``start`` that has it, or an :class:`InputsAbsent`."""
     for directory in start.parents:
         if (directory / file).exists():
             return directory / file
-    raise ValueError(f"no directory above {start} has {file}")
+    raise InputsAbsent(f"its inputs are in {file}, which is in no directory above")
 
 
 def _named(pattern: str, text: str) -> str:

@@ -18,6 +18,7 @@ from specforge.algorithms.peagle.config import PEagleDraftConfig
 from specforge.algorithms.peagle.features import ElementPlan, make_plan
 from specforge.algorithms.peagle.loss import elements_loss
 from specforge.algorithms.peagle.model import PEagleDraft, element_attention
+from specforge.testing.golden.gradients import check_gradients
 from specforge.testing.golden.report import Comparison, Kind, NotBuilt
 from specforge.testing.golden.vectors import Vector
 
@@ -52,7 +53,7 @@ def run_peagle(vector: Vector, result: Comparison) -> None:
     for name in ("loss", "out.loss"):
         result.check(Kind.LOSSES, name, loss, facts["loss"] if name == "loss" else vector.tensors[name])
     _check_metrics(facts["metrics"], result, output, loss)
-    _check_gradients(vector, result, draft)
+    check_gradients(vector, result, draft)
 
 
 def recorded_plan(anchors: Tensor, depths: Tensor, token_ids: Tensor, lengths: Sequence[int]) -> ElementPlan:
@@ -118,17 +119,5 @@ def _check_metrics(metrics: dict[str, float], result: Comparison, output: StepOu
         values[f"position_{depth}_acc_sum"] = output.correct[depth]
         values[f"position_{depth}_acc_total"] = number
     values["full_acc_sum"], values["full_acc_total"] = output.correct.sum(), torch.stack(known).sum()
-    for name, expected in metrics.items():
-        result.check(Kind.LOSSES if name == "loss_sum" else Kind.METRICS, name, values[name], expected)
-
-
-def _check_gradients(vector: Vector, result: Comparison, draft: PEagleDraft) -> None:
-    """Every gradient of the vector, and none of ours beyond them."""
-    mine = {name: p.grad for name, p in draft.named_parameters() if p.grad is not None}
-    expected = vector.group("grad")
-    for name, gradient in expected.items():
-        result.check(Kind.GRADIENTS, f"grad.{name}", mine.pop(name), gradient)
-    if mine:
-        raise ValueError(f"gradients that the vector does not have: {sorted(mine)}")
-    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    result.check(Kind.GRADIENTS, "grad_norm", norm, vector.facts["grad_norm"])
+    kinds = {name: Kind.LOSSES if name == "loss_sum" else Kind.METRICS for name in values}
+    result.check_recorded(metrics, {name: (kinds[name], value) for name, value in values.items()})

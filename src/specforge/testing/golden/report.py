@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,6 +31,10 @@ class Kind(Enum):
         allowed = self.value[1] + self.value[2] * expected.abs()
         ratio = torch.where(error == 0, torch.zeros_like(error), error / allowed)
         return float(ratio.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if ratio.numel() else 0.0
+
+
+Metrics = dict[str, tuple[Kind, Tensor | float]]
+"""Computed values by the name of the vector's, with their class."""
 
 
 class Status(Enum):
@@ -70,6 +75,15 @@ class Comparison:
         self.errors[kind] = max(self.errors.get(kind, 0.0), error)
         if (excess := kind.excess(mine, theirs)) > 1.0:
             self.over.append(f"{name} is {excess:.3g} x the tolerance")
+
+    def check_recorded(self, recorded: dict[str, Any], computed: Metrics, prefix: str = "") -> None:
+        """Compare everything that is ``recorded``; what has no ``computed`` counterpart is over."""
+        for name, expected in recorded.items():
+            if name not in computed:
+                self.over.append(f"{prefix}{name} has no counterpart")
+                continue
+            kind, got = computed[name]
+            self.check(kind, f"{prefix}{name}", got, torch.tensor(expected, dtype=torch.float64))
 
     def finish(self, expected_names: set[str]) -> Comparison:
         """Decide the status. A result of the vector that nobody compared is a failure."""

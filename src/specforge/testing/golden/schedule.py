@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 import torch
@@ -17,10 +18,7 @@ from specforge.testing.golden.vectors import Vector
 from specforge.training.optimizer import MasterOptimizer, OptimizerSettings
 from specforge.training.schedule import DecayShape, Schedule, ScheduleKind
 
-_NAME = re.compile(
-    r"(?P<project>[a-z]+)_(?P<kind>[A-Za-z]+?)(_(?P<shape>[a-z_]+))?_total(?P<total>\d+)(_warm(?P<warm>\d+))?"
-    r"(_min(?P<min>[\d.e-]+))?(_decay(?P<decay>\d+))?"
-)
+_NUMBER = re.compile(r"(total|warm|min|decay)([\d.]+(?:e-?\d+)?)")
 _KINDS = {"invsqrt": "inverse_sqrt", "WSD": "wsd"}
 
 
@@ -40,27 +38,41 @@ def run_schedule(vector: Vector, result: Comparison) -> None:
 
 
 def _rates(name: str, base: float, count: int) -> list[float]:
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise NotBuilt(f"the sequence {name!r} is not named PROJECT_KIND_totalT_warmW")
-    kind = _KINDS.get(match["kind"], match["kind"])
-    shape = match["shape"] or "cosine"
-    if kind not in get_args(ScheduleKind) or shape not in get_args(DecayShape):
-        raise NotBuilt(f"the product has no schedule {kind!r} with the decay {shape!r}")
-    total, warm = int(match["total"]), int(match["warm"] or 0)
+    project, kind, shape, numbers = _parse(name)
+    total, warm = int(numbers["total"]), int(numbers.get("warm", 0))
     schedule = Schedule(
         cast("ScheduleKind", kind),
         base,
         total,
         warmup_ratio=(warm + 0.5) / total,
-        min_lr_ratio=float(match["min"] or 0.0) / base,
-        decay_ratio=(int(match["decay"] or 0) + 0.5) / total,
+        min_lr_ratio=numbers.get("min", 0.0) / base,
+        decay_ratio=(int(numbers.get("decay", 0)) + 0.5) / total,
         decay_shape=cast("DecayShape", shape),
     )
     conventions = {"specforge": _specforge_rate, "torchspec": _torchspec_rate}
-    if match["project"] not in conventions:
-        raise NotBuilt(f"the convention of {match['project']!r} is not known")
-    return [conventions[match["project"]](schedule, warm, step) for step in range(count)]
+    if project not in conventions:
+        raise NotBuilt(f"the convention of {project!r} is not known")
+    return [conventions[project](schedule, warm, step) for step in range(count)]
+
+
+def _parse(name: str) -> tuple[str, str, str, dict[str, float]]:
+    """(project, kind, shape of the decay, numbers) of ``PROJECT_KIND[_SHAPE]_totalT[_warmW][_minM][_decayD]``, the
+    numbers in any order.
+    """
+    parts = name.split("_")
+    found = [match for part in parts if (match := _NUMBER.fullmatch(part))]
+    numbers = {match[1]: float(match[2]) for match in found}
+    project, *words = parts[: len(parts) - len(found)]
+    if "total" not in numbers or not words:
+        raise NotBuilt(f"the sequence {name!r} is not named PROJECT_KIND_totalT_warmW")
+    # a kind may have an underscore itself
+    kind, shape = (
+        ("_".join(words), "") if "_".join(words) in get_args(ScheduleKind) else (words[0], "_".join(words[1:]))
+    )
+    kind, shape = _KINDS.get(kind, kind), shape or "cosine"
+    if kind not in get_args(ScheduleKind) or shape not in get_args(DecayShape):
+        raise NotBuilt(f"the product has no schedule {kind!r} with the decay {shape!r}")
+    return project, kind, shape, numbers
 
 
 def _specforge_rate(schedule: Schedule, warm: int, step: int) -> float:
@@ -76,11 +88,22 @@ def _specforge_rate(schedule: Schedule, warm: int, step: int) -> float:
 
 
 def _torchspec_rate(schedule: Schedule, warm: int, step: int) -> float:
-    """The warm-up starts at zero and reaches the peak a step later; the inverse square root ends with the steps."""
-    if warm and step == 0:
+    """The warm-up starts at zero and reaches the peak a step later; the inverse square root is cut at the minimum and
+    ends with the steps.
+    """
+    if schedule.kind == "inverse_sqrt":
+        minimum, schedule = schedule.lr * schedule.min_lr_ratio, replace(schedule, min_lr_ratio=0.0)
+        if step > schedule.total_steps:
+            return minimum
+        return max(minimum if step > warm else 0.0, _after_zero(schedule, warm, step))
+    return _after_zero(schedule, warm, step)
+
+
+def _after_zero(schedule: Schedule, warm: int, step: int) -> float:
+    if warm == 0:
+        return schedule.lr_at(step)
+    if step == 0:
         return 0.0
-    if schedule.kind == "inverse_sqrt" and step > schedule.total_steps:
-        return schedule.lr * schedule.min_lr_ratio
     return schedule.lr_at(step - 1 if step <= warm else step)
 
 

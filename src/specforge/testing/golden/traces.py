@@ -28,8 +28,8 @@ from specforge.evaluation.speculative import Round, SpeculativeDecoder
 from specforge.inference.engine import TargetSession
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.testing.golden.eagle_tree import run_eagle_tree
-from specforge.testing.golden.report import Comparison, Kind, NotBuilt, Status
-from specforge.testing.golden.vectors import Vector
+from specforge.testing.golden.report import Comparison, InputsAbsent, Kind, NotBuilt, Status
+from specforge.testing.golden.vectors import Vector, present
 from specforge.testing.golden.verify import run_verify
 
 STEP_KEYS = {"start", "verify_ids", "target_argmax", "accepted", "committed", "confidence_logits"}
@@ -104,10 +104,11 @@ def _exact(result: Comparison, name: str, got: Sequence[int], expected: Sequence
 @contextmanager
 def _target(folder: Path) -> Iterator[Path]:
     """A Hugging Face directory with the ``target_config.json`` and ``target.safetensors`` of ``folder``."""
+    config, weights = present(folder / "target_config.json"), present(folder / "target.safetensors")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        shutil.copyfile(folder / "target_config.json", directory / "config.json")
-        shutil.copyfile(folder / "target.safetensors", directory / "model.safetensors")
+        shutil.copyfile(config, directory / "config.json")
+        shutil.copyfile(weights, directory / "model.safetensors")
         yield directory
 
 
@@ -165,8 +166,11 @@ def _weights(vector: Vector) -> dict[str, Tensor]:
     if not tensors:
         named = re.findall(r"([\w.\-]+)\.safetensors", " ".join(v for v in vector.facts.values() if isinstance(v, str)))
         files = [vector.path.with_name(f"{name}.safetensors") for name in named if name != "target"]
-        files += sorted(p for p in vector.path.parent.glob("*.safetensors") if vector.path.stem.startswith(p.stem))
-        tensors = load_file(next(file for file in files if file.is_file()))
+        same_start = [p for p in vector.path.parent.glob("*.safetensors") if vector.path.stem.startswith(p.stem)]
+        files += sorted(same_start, key=lambda path: len(path.stem), reverse=True)
+        if (file := next((file for file in files if file.is_file()), None)) is None:
+            raise InputsAbsent("the weights of its draft are not there")
+        tensors = load_file(file)
     weights = {name.removeprefix("w."): value for name, value in tensors.items() if name.startswith("w.")}
     if "chain_length" in vector.facts:
         weights = {name.replace("layers.0.", "midlayer."): value for name, value in weights.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,27 @@ def find_vectors(directory: Path) -> list[Path]:
 
 
 def read_vector(path: Path) -> Vector:
-    """The vector in ``path``, or an :class:`InputsAbsent` where one refers to a file that is not there."""
-    if not path.exists():
-        raise InputsAbsent(f"its inputs are those of {path.name}, which is not there")
+    """The vector in ``path``."""
     facts = json.loads(path.read_text(encoding="utf-8"))
     twin = path.with_suffix(".safetensors")
     return Vector(path, path.parent.name, facts, load_file(twin) if twin.exists() else {})
+
+
+def present(path: Path) -> Path:
+    """``path``, or an :class:`InputsAbsent` where nothing is there."""
+    if not path.is_file():
+        raise InputsAbsent(f"its inputs are in {path.name}, which is not there")
+    return path
+
+
+def read_source(path: Path) -> Vector:
+    """The vector in ``path`` that another one takes its inputs from, or an :class:`InputsAbsent`."""
+    return read_vector(present(present(path.with_suffix(".safetensors")).with_suffix(".json")))
+
+
+def named_source(vector: Vector) -> Vector:
+    """The vector beside ``vector`` whose tensors its ``inputs`` names."""
+    named = re.search(r"(\S+)\.safetensors", vector.facts["inputs"])
+    if named is None:
+        raise ValueError(f"no file named in inputs: {vector.facts['inputs']!r}")
+    return read_source(vector.path.parent / f"{named[1]}.json")
