@@ -224,7 +224,9 @@ def test_a_block_sees_nothing_from_its_anchor_on_nor_of_other_documents(random, 
     torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [CONFIG, SLIDING], ids=["full", "sliding"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, SLIDING, replace(SLIDING, sliding_window=2)], ids=["full", "sliding", "window below block"]
+)
 def test_drafting_with_a_cache_equals_the_training_forward_of_one_anchor(random, tables, config):
     """Oracle 23."""
     algorithm, draft, item = dflash(), make_draft(tables, random, config), document(random, 30, 0)
