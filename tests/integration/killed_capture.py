@@ -26,5 +26,7 @@ def dying(num_files: int, number: signal.Signals) -> Any:
 
 
 if __name__ == "__main__":
+    # a shell that starts its jobs in the background lets them, and their children, ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     offline_writer.write_file = dying(int(sys.argv[1]), signal.Signals[sys.argv[2]])
     main(sys.argv[3:])
