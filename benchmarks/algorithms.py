@@ -13,8 +13,10 @@ metrics say about the very same texts: ``simulated_acc_len``.
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
 import os
+import platform
 import statistics
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -224,7 +226,12 @@ def main() -> None:
     summary = {name: summarise(found) for name, found in results.items()}
     print(table(summary))
     if options.json:
-        options.json.write_text(json.dumps({"cases": summary, "results": results}, indent=1) + "\n", encoding="utf-8")
+        machine = {
+            "date": dt.datetime.now(dt.UTC).date().isoformat(),
+            "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        }
+        found = machine | {"cases": summary, "results": results}
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

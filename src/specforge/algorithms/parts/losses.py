@@ -21,8 +21,8 @@ from torch import Tensor
 
 from specforge.algorithms.base import TargetTables, target_logits
 
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
-"""Logits that are alive at once in each of a chunk's few buffers (CPU: 8 MB of fp32)."""
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Logits that are alive at once in each of a chunk's few buffers (CPU: 4 MB of fp32)."""
 
 MIN_CHUNK_ROWS = 128
 """A chunk has at least these many rows, so that reading the head is not the whole cost of a large vocabulary."""
