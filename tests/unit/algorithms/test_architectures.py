@@ -16,8 +16,8 @@ from specforge.algorithms.parts.architectures import Llama, draft_architecture, 
 from specforge.algorithms.parts.attention import packed_layout, unrolled_attention
 from specforge.algorithms.parts.mla import half_rotated, interleaved
 from specforge.algorithms.parts.projections import GroupedQueryAttention
-from specforge.contracts.capture import TargetInfo
 from specforge.errors import ConfigError, DraftError
+from specforge.testing.samples import SMALL_TARGET
 from specforge.testing.unrolled_reference import DenseInputs, dense_unroll, unroll_mask
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.5}
@@ -31,25 +31,7 @@ MLA = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 5,
 }
-TARGET = TargetInfo(
-    path="target",
-    architecture="DeepseekV3ForCausalLM",
-    model_type="deepseek_v3",
-    revision="r",
-    num_layers=8,
-    hidden_size=64,
-    intermediate_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=40,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-    eos_token_ids=(0,),
-)
+TARGET = dataclasses.replace(SMALL_TARGET, hidden_size=64, intermediate_size=48)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mla"])

@@ -10,29 +10,11 @@ from specforge.algorithms.base import StepContext
 from specforge.algorithms.parts.block_config import BlockDraftConfig, BlockOptions, default_block_layers
 from specforge.algorithms.parts.blocks import Blocks, block_output, sample_blocks, slot_embeddings, slot_tokens
 from specforge.contracts.batches import TrainBatch
-from specforge.contracts.capture import TargetInfo
 from specforge.contracts.refs import Slot
 from specforge.errors import ConfigError, DraftError
+from specforge.testing.samples import SMALL_TARGET
 
-TARGET = TargetInfo(
-    path="target",
-    architecture="Qwen3ForCausalLM",
-    model_type="qwen3",
-    revision="0",
-    num_layers=36,
-    hidden_size=16,
-    intermediate_size=24,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=40,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_position_embeddings=64,
-    tie_word_embeddings=False,
-    eos_token_ids=(1,),
-)
+TARGET = replace(SMALL_TARGET, num_layers=36)
 
 
 def packed(masks: list[str], names: str = "abcdefgh") -> TrainBatch[torch.Tensor]:

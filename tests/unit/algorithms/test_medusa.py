@@ -12,37 +12,15 @@ from specforge.algorithms.base import DraftRequest, Sampling, StepContext, TreeS
 from specforge.algorithms.medusa.algorithm import Medusa
 from specforge.algorithms.medusa.config import MedusaDraftConfig, MedusaOptions
 from specforge.algorithms.medusa.proposer import best_products
-from specforge.contracts.capture import TargetInfo
 from specforge.errors import ConfigError
+from specforge.testing.samples import SMALL_TARGET
 
 CONTEXT = StepContext(global_step=0, total_steps=1, seed=0)
 
 
-def target_info(lab):
-    return TargetInfo(
-        path="",
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        revision="",
-        num_layers=8,
-        hidden_size=16,
-        intermediate_size=24,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=40,
-        rms_norm_eps=1e-6,
-        rope_theta=10000.0,
-        rope_scaling=None,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        eos_token_ids=(),
-    )
-
-
 def setup(lab, **options):
     algorithm, tables = Medusa(MedusaOptions(**options)), lab.tables()
-    draft = algorithm.build_draft(algorithm.draft_config(target_info(lab)), tables, seed=0)
+    draft = algorithm.build_draft(algorithm.draft_config(SMALL_TARGET), tables, seed=0)
     return algorithm, draft, tables
 
 

@@ -43,7 +43,7 @@ from specforge.contracts.refs import Slot
 from specforge.testing.golden.gradients import check_gradients
 from specforge.testing.golden.position_losses import POSITION_LOSSES, loss_terms
 from specforge.testing.golden.report import Comparison, Kind, Metrics, NotBuilt
-from specforge.testing.golden.vectors import Vector, named_source
+from specforge.testing.golden.vectors import Vector, named_source, recorded_sizes
 
 STEP_DECAY = 0.8
 
@@ -301,23 +301,7 @@ class _SpeculatorsLoss:
 
 
 def _config(facts: dict[str, Any], aux_width: int) -> Eagle3DraftConfig:
-    num_aux = aux_width // facts["hidden_size"]
-    return Eagle3DraftConfig(
-        hidden_size=facts["hidden_size"],
-        target_hidden_size=facts["hidden_size"],
-        intermediate_size=facts["intermediate_size"],
-        num_attention_heads=facts["heads"],
-        num_key_value_heads=facts["kv_heads"],
-        head_dim=facts["head_dim"],
-        rms_norm_eps=facts["rms_eps"],
-        rope_theta=facts["rope_theta"],
-        rope_scaling=None,
-        max_position_embeddings=2048,
-        vocab_size=facts["vocab"],
-        draft_vocab_size=facts.get("draft_vocab", facts["vocab"]),
-        aux_layers=tuple(range(num_aux)),
-        target_num_layers=num_aux + 1,
-    )
+    return Eagle3DraftConfig(**recorded_sizes(facts, aux_width))
 
 
 def _draft(config: Eagle3DraftConfig, weights: dict[str, Tensor]) -> Eagle3Draft:

@@ -20,7 +20,7 @@ from specforge.algorithms.peagle.loss import elements_loss
 from specforge.algorithms.peagle.model import PEagleDraft, element_attention
 from specforge.testing.golden.gradients import check_gradients
 from specforge.testing.golden.report import Comparison, Kind, NotBuilt
-from specforge.testing.golden.vectors import Vector
+from specforge.testing.golden.vectors import Vector, recorded_sizes
 
 
 def run_peagle(vector: Vector, result: Comparison) -> None:
@@ -81,25 +81,8 @@ def _read_out(plan: ElementPlan, rows: Tensor, lengths: Sequence[int]) -> Elemen
 
 
 def _config(facts: dict[str, Any], aux_width: int) -> PEagleDraftConfig:
-    num_aux = aux_width // facts["hidden_size"]
-    return PEagleDraftConfig(
-        hidden_size=facts["hidden_size"],
-        target_hidden_size=facts["hidden_size"],
-        intermediate_size=facts["intermediate_size"],
-        num_attention_heads=facts["heads"],
-        num_key_value_heads=facts["kv_heads"],
-        head_dim=facts["head_dim"],
-        rms_norm_eps=facts["rms_eps"],
-        rope_theta=facts["rope_theta"],
-        rope_scaling=None,
-        max_position_embeddings=2048,
-        vocab_size=facts["vocab"],
-        draft_vocab_size=facts["draft_vocab"],
-        aux_layers=tuple(range(num_aux)),
-        target_num_layers=num_aux + 1,
-        num_layers=facts["layers"],
-        mask_token_id=facts["mask_token_id"],
-    )
+    sizes = recorded_sizes(facts, aux_width)
+    return PEagleDraftConfig(**sizes, num_layers=facts["layers"], mask_token_id=facts["mask_token_id"])
 
 
 def _draft(config: PEagleDraftConfig, weights: dict[str, Tensor]) -> PEagleDraft:

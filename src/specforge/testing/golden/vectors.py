@@ -59,3 +59,26 @@ def named_source(vector: Vector) -> Vector:
     if named is None:
         raise ValueError(f"no file named in inputs: {vector.facts['inputs']!r}")
     return read_source(vector.path.parent / f"{named[1]}.json")
+
+
+def recorded_sizes(facts: dict[str, Any], aux_width: int) -> dict[str, Any]:
+    """Fields that every EAGLE-like draft config has, from the ``config`` of a vector whose features are ``aux_width``
+    wide. Layer ids are not recorded: any that ascend will do.
+    """
+    num_aux = aux_width // facts["hidden_size"]
+    return {
+        "hidden_size": facts["hidden_size"],
+        "target_hidden_size": facts["hidden_size"],
+        "intermediate_size": facts["intermediate_size"],
+        "num_attention_heads": facts["heads"],
+        "num_key_value_heads": facts["kv_heads"],
+        "head_dim": facts["head_dim"],
+        "rms_norm_eps": facts["rms_eps"],
+        "rope_theta": facts["rope_theta"],
+        "rope_scaling": None,
+        "max_position_embeddings": 2048,
+        "vocab_size": facts["vocab"],
+        "draft_vocab_size": facts.get("draft_vocab", facts["vocab"]),
+        "aux_layers": tuple(range(num_aux)),
+        "target_num_layers": num_aux + 1,
+    }
