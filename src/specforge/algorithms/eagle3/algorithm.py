@@ -78,9 +78,8 @@ class Eagle3(Algorithm):
         for module in draft.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INIT_STD, generator=generator)
-        if tables.lm_head.shape[1] == config.hidden_size:
-            rows = tables.lm_head[target_ids(draft.d2t).to(tables.lm_head.device)]
-            draft.lm_head.weight.data.copy_(rows.float() * tables.logit_scale)
+        rows = tables.lm_head[target_ids(draft.d2t).to(tables.lm_head.device)]
+        draft.lm_head.weight.data.copy_(rows.float() * tables.logit_scale)
         draft.lm_head.weight.requires_grad_(not self.options.freeze_lm_head)
         return draft.to(tables.lm_head.device)
 

@@ -42,10 +42,6 @@ class TargetLayer:
     weights: dict[str, Tensor]
     norm: Tensor
 
-    @property
-    def qk_norm(self) -> bool:
-        return self.weights.keys() >= QK_NORM_NAMES
-
 
 def last_layer(directory: Path) -> TargetLayer:
     """The last decoder layer of the target in ``directory``.
