@@ -8,7 +8,7 @@ of a round.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from specforge.algorithms.draft_config import DraftConfig
+from specforge.algorithms.parts.sequence import SequenceShare
 from specforge.contracts.batches import TrainBatch
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 
@@ -42,13 +43,16 @@ class TargetTables:
 class StepContext:
     """Where training is: completed optimizer steps, the horizon, and the seed of keyed randomness.
 
-    ``exhaustive``: every position is supervised and nothing is drawn, as an evaluation wants it.
+    ``exhaustive``: every position is supervised and nothing is drawn, as an evaluation wants it. ``sequence``: the
+    batch is that of a sequence group, and :meth:`Algorithm.forward_loss` gives the sums of this rank's share of its
+    rows; ``None``: of all rows.
     """
 
     global_step: int
     total_steps: int
     seed: int
     exhaustive: bool = False
+    sequence: SequenceShare | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +162,21 @@ class Proposer(ABC):
 
 
 class DraftModel(nn.Module):
-    """A draft: trainable parameters and buffers under their served names; frozen target tables are not in it."""
+    """A draft: trainable parameters and buffers under their served names; frozen target tables are not in it.
+
+    ``blocks_run_once``: whether ``forward_loss`` calls each of :meth:`training_blocks` exactly once, also for a batch
+    without supervision. Then a block's parameters are read inside that block's ``forward`` alone, so that they can be
+    sharded by block. ``False`` where one forward calls a block several times: such a block can be checkpointed and
+    compiled, but its gradient is complete only after the whole backward.
+    """
+
+    blocks_run_once: ClassVar[bool] = True
+
+    def training_blocks(self) -> Sequence[nn.Module]:
+        """The repeated layers, in the order of the forward. Training calls each as a module, ``block(..)``, with all
+        tensors that need gradients among its arguments; drafting may use their parts. None where nothing repeats.
+        """
+        return ()
 
     def served_state(self) -> dict[str, Tensor]:
         """Tensors by served checkpoint name (weights and vocabulary maps), detached, as they are."""
@@ -180,11 +198,16 @@ class Pace:
 
 
 class Algorithm(ABC):
-    """One way to train and use a draft. Stateless: everything that learns is in the draft."""
+    """One way to train and use a draft. Stateless: everything that learns is in the draft.
+
+    ``splits_sequences``: whether ``forward_loss`` knows ``context.sequence``. Then outputs of the ranks of a group add
+    up to the output for the whole batch; ``supervised_weight`` is that of the whole batch on each of them.
+    """
 
     name: ClassVar[str]
     config_type: ClassVar[type[DraftConfig]]
     recommended: ClassVar[Pace] = Pace()
+    splits_sequences: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, options: Any) -> None:
@@ -225,9 +248,19 @@ class Algorithm(ABC):
         """The inference side of the same draft."""
 
 
-def zero_output(draft: DraftModel, num_positions: int, metrics: tuple[str, ...] = ()) -> StepOutput:
-    """What an empty batch contributes: zeros that reach every trainable parameter, whatever their values are."""
-    loss = torch.stack([p.flatten()[:0].sum() for p in draft.parameters() if p.requires_grad]).sum().float()
+def zero_output(
+    draft: DraftModel, num_positions: int, metrics: tuple[str, ...] = (), states: Tensor | None = None
+) -> StepOutput:
+    """What an empty batch contributes: zeros that reach every trainable parameter, whatever their values are.
+
+    ``states`` [0, ..] is what the blocks make of no rows. It is needed where they run once: it alone reaches their
+    parameters, and a rank with an empty batch takes part in the same collectives as the others.
+    """
+    inside = {p for block in draft.training_blocks() for p in block.parameters()} if draft.blocks_run_once else set()
+    assert not inside or states is not None, f"{type(draft).__name__}: call the blocks on no rows and pass their states"
+    reached: list[Tensor] = [p for p in draft.parameters() if p.requires_grad and p not in inside]
+    reached += [] if states is None else [states]
+    loss = torch.stack([tensor.flatten()[:0].sum().float() for tensor in reached]).sum()
     none = torch.zeros(num_positions, dtype=torch.int64, device=loss.device)
     zero = none.new_zeros(())
     return StepOutput(loss, none, none.clone(), Runs(none[:0], none[:0]), dict.fromkeys(metrics, (zero, zero)))

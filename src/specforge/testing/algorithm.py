@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from specforge.algorithms.base import (
     Algorithm,
+    DraftModel,
     DraftRequest,
     Proposal,
     Proposer,
@@ -185,6 +188,31 @@ class AlgorithmSuite:
         loss = world.loss(replace(batch, features=stored)).loss_sum
         assert float(loss.detach()) == pytest.approx(expected, rel=0.1)
 
+    # Blocks
+
+    def test_training_calls_each_block(self, world: World, samples: list[Sample]) -> None:
+        """Sharding, checkpointing and compilation work on calls; ranks with and without supervision make the same."""
+        blocks, run_once = world.draft.training_blocks(), world.draft.blocks_run_once
+        assert {id(block) for block in blocks} <= {id(module) for module in world.draft.modules()}
+        for batch in [*packed([samples, [samples[3], samples[4]]]), world.empty]:
+            calls = block_calls(world, batch)
+            if run_once:
+                assert calls == list(range(len(blocks)))
+            elif world.weight([batch]):
+                assert set(calls) == set(range(len(blocks)))
+
+    def test_parameters_of_a_block_are_read_inside_it(self, world: World, samples: list[Sample]) -> None:
+        """Elsewhere they are shards: here, tensors without values and of another type."""
+        if not world.draft.blocks_run_once:
+            return
+        for batch in (pack(samples), world.empty):
+            expected = step_gradients(world, [batch])
+            world.draft.zero_grad()
+            with parameters_only_inside_blocks(world.draft):
+                accumulate(world, [batch], world.weight([batch]))
+            found = gradients(world)
+            assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
     # Draws
 
     def test_draws_are_keyed_by_seed_epoch_and_sample(self, world: World, samples: list[Sample]) -> None:
@@ -316,6 +344,56 @@ class AlgorithmSuite:
         for cut in (5, 12):
             proposal = propose_to(proposer, samples[2], 0 if cut == 5 else 5, cut, request)
             check_tree(proposal, 9, 3)
+
+
+def block_calls(world: World, batch: TrainBatch[Tensor]) -> list[int]:
+    """Which of the draft's blocks training calls, in order."""
+    calls: list[int] = []
+    blocks = world.draft.training_blocks()
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+        for index, block in enumerate(blocks)
+    ]
+    try:
+        world.loss(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+@contextmanager
+def parameters_only_inside_blocks(draft: DraftModel) -> Iterator[None]:
+    """While it runs, a block has its parameters in its own forward; outside they have neither values nor their type."""
+    hooks: list[RemovableHandle] = []
+    places: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for block in draft.training_blocks():
+        own = [
+            (module, name, parameter)
+            for module in block.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
+        hooks.append(block.register_forward_pre_hook(lambda *_, own=own: _put_back(own)))
+        hooks.append(block.register_forward_hook(lambda *_, own=own: _take_away(own), always_call=True))
+        places += own
+    _take_away(places)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _put_back(places)
+
+
+def _put_back(places: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    for module, name, parameter in places:
+        setattr(module, name, parameter)
+
+
+def _take_away(places: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    for module, name, parameter in places:
+        nothing = torch.empty_like(parameter, device="meta", dtype=torch.float64)
+        setattr(module, name, nn.Parameter(nothing, requires_grad=parameter.requires_grad))
 
 
 def sampling(seed: int, temperature: float = 1.0, top_k: int | None = None) -> Sampling:

@@ -9,10 +9,13 @@ from specforge.algorithms.catalog import ALGORITHMS
 from specforge.contracts.batches import StepBatches
 from specforge.contracts.refs import Slot
 from specforge.testing.algorithm_world import SMALL_OPTIONS, make_world, packed, small_algorithm
-from specforge.training.checkpoint import Checkpointer, Provenance
+from specforge.training.checkpoint import Provenance
+from specforge.training.checkpointer import Checkpointer
 from specforge.training.optimizer import MasterOptimizer, OptimizerSettings
+from specforge.training.ranks import Ranks
 from specforge.training.schedule import Schedule
-from specforge.training.trainer import Trainable, Trainer, TrainerSettings
+from specforge.training.sharding import ShardedDraft, Sharding
+from specforge.training.trainer import Surroundings, Trainable, Trainer, TrainerSettings
 
 CASES = [case for case in SMALL_OPTIONS if case.partition("-")[0] in ALGORITHMS]
 LENGTHS = (19, 12, 24, 2, 9, 17, 1, 14)
@@ -22,7 +25,7 @@ POISONED, UNSUPERVISED = (1, 5), 4
 
 
 class Silence:
-    """A ledger that wants to know nothing."""
+    """A ledger and a log that want to know nothing."""
 
     def ack(self, slots, step): ...
 
@@ -31,17 +34,24 @@ class Silence:
 
     def checkpointed(self, step): ...
 
+    def on_step(self, step, scalars): ...
+
+    def on_evaluation(self, step, scalars): ...
+
 
 def make_trainer(world, directory):
     parameters = dict(world.draft.named_parameters())
     return Trainer(
-        Trainable(world.algorithm, world.draft, world.tables, Provenance({}, {}, {})),
+        Trainable(
+            world.algorithm,
+            ShardedDraft(world.draft, Ranks(), Sharding(), "cpu"),
+            world.tables,
+            Provenance({}, {}, {}),
+        ),
         MasterOptimizer(parameters, SMOOTH),
         Schedule("constant", lr=1e-2, total_steps=10),
         TrainerSettings(total_steps=10, checkpoint_every=100, seed=5),
-        Checkpointer(directory),
-        Silence(),
-        lambda _step, _scalars: None,
+        Surroundings(Checkpointer(directory), Silence(), Silence()),
     )
 
 

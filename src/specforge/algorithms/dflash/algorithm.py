@@ -24,6 +24,7 @@ from specforge.algorithms.dflash.proposer import DFlashProposer
 from specforge.algorithms.draft_config import DraftConfig
 from specforge.algorithms.parts.block_backbone import BLOCK_TRAINING, initialise
 from specforge.algorithms.parts.blocks import Blocks, sample_blocks
+from specforge.algorithms.parts.sequence import SequenceShare
 from specforge.contracts.batches import TrainBatch
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 
@@ -39,6 +40,7 @@ class DFlash(Algorithm):
     name: ClassVar[str] = "dflash"
     config_type: ClassVar[type[DraftConfig]] = DFlashDraftConfig
     recommended: ClassVar[Pace] = BLOCK_TRAINING
+    splits_sequences: ClassVar[bool] = True
 
     def __init__(self, options: DFlashOptions) -> None:
         self.options = options
@@ -65,17 +67,24 @@ class DFlash(Algorithm):
     def forward_loss(
         self, draft: DraftModel, tables: TargetTables, batch: TrainBatch[Tensor], context: StepContext
     ) -> StepOutput:
-        return self.block_loss(draft, tables, batch, self._blocks(batch, context))
+        return self.block_loss(draft, tables, batch, self._blocks(batch, context), context.sequence)
 
     def block_loss(
-        self, draft: DraftModel, tables: TargetTables, batch: TrainBatch[Tensor], blocks: Blocks
+        self,
+        draft: DraftModel,
+        tables: TargetTables,
+        batch: TrainBatch[Tensor],
+        blocks: Blocks,
+        share: SequenceShare | None = None,
     ) -> StepOutput:
-        """The sums of given ``blocks`` of ``batch``."""
+        """The sums of given ``blocks`` of ``batch``; with a ``share``, of its own blocks among them."""
         assert isinstance(draft, DFlashDraft)
         supervision = supervise(blocks, batch)
         if not supervision.mask.any():
-            return zero_output(draft, blocks.block_size - 1, METRICS)
-        states = draft.states(tables, batch, blocks)
+            return zero_output(draft, blocks.block_size - 1, METRICS, draft.no_states(tables, batch))
+        states = draft.states(tables, batch, blocks, share)
+        if share is not None:
+            supervision = supervise(blocks.part(share.rows(blocks.num_blocks)), batch)
         if self.options.loss_type == "dflash":
             return dflash_loss(states, tables, supervision, self._divisors())
         return dpace_loss(states, tables, supervision, self.options.loss_type, self.options.dpace_alpha)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from specforge.algorithms.base import TargetTables
 from specforge.algorithms.dflash.config import DFlashDraftConfig
-from specforge.algorithms.parts.block_attention import block_layout
 from specforge.algorithms.parts.block_backbone import BlockBackbone
-from specforge.algorithms.parts.blocks import Blocks, slot_embeddings
+from specforge.algorithms.parts.blocks import Blocks
+from specforge.algorithms.parts.sequence import SequenceShare
 from specforge.contracts.batches import TrainBatch
 
 
@@ -21,10 +21,9 @@ class DFlashDraft(BlockBackbone):
     def __init__(self, config: DFlashDraftConfig) -> None:
         super().__init__(config)
 
-    def states(self, tables: TargetTables, batch: TrainBatch[Tensor], blocks: Blocks) -> Tensor:
-        """What the head reads, [N, b, H]."""
-        tokens = batch.input_ids[blocks.anchors]
-        slots = slot_embeddings(tables.embed_tokens, tokens, blocks.block_size, self.config.mask_token_id)
-        states: Tensor = self(slots, batch.features["aux"], block_layout(blocks, batch))
-        grouped: Tensor = states.unflatten(0, (-1, blocks.block_size))
+    def states(
+        self, tables: TargetTables, batch: TrainBatch[Tensor], blocks: Blocks, share: SequenceShare | None = None
+    ) -> Tensor:
+        """What the head reads, [N, b, H]; with a ``share``, of its own blocks."""
+        grouped: Tensor = self.block_states(tables, batch, blocks, share).unflatten(0, (-1, blocks.block_size))
         return grouped

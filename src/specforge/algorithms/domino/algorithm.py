@@ -70,7 +70,7 @@ class Domino(Algorithm):
         assert isinstance(draft, DominoDraft)
         labels = self._labels(batch, context)
         if not labels.valid.any():
-            return zero_output(draft, draft.config.num_proposals, METRICS)
+            return zero_output(draft, draft.config.num_proposals, METRICS, draft.no_states(tables, batch))
         base_share = lambda_base(context, self.options.lambda_start, self.options.lambda_decay_ratio)
         return domino_loss(draft, tables, batch, labels, base_share)
 

@@ -9,12 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from specforge.algorithms.base import TargetTables
 from specforge.algorithms.domino.config import DominoDraftConfig
-from specforge.algorithms.parts.block_attention import block_layout
 from specforge.algorithms.parts.block_backbone import BlockBackbone
-from specforge.algorithms.parts.blocks import Blocks, slot_embeddings
-from specforge.contracts.batches import TrainBatch
 
 
 class DominoDraft(BlockBackbone):
@@ -39,14 +35,6 @@ class DominoDraft(BlockBackbone):
         """[V, E]."""
         weight: Tensor = self.embed_proj[2].weight  # type: ignore[assignment]
         return weight
-
-    def block_states(self, tables: TargetTables, batch: TrainBatch[Tensor], blocks: Blocks) -> Tensor:
-        """Normed states [N * b, H] of the slots of ``blocks``."""
-        config = self.config
-        first = batch.input_ids[blocks.anchors]
-        embedded = slot_embeddings(tables.embed_tokens, first, config.block_size, config.mask_token_id)
-        states: Tensor = self(embedded, batch.features["aux"], block_layout(blocks, batch))
-        return states
 
     def prefix_states(self, embedded: Tensor) -> Tensor:
         """States [N, k, G] after each of the embedded tokens [N, k, H] of blocks, from 0 in each block."""

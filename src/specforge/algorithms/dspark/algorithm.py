@@ -71,7 +71,8 @@ class DSpark(Algorithm):
         assert isinstance(draft, DSparkDraft)
         labels = self._labels(batch, context)
         if not labels.valid.any():
-            return zero_output(draft, self.options.block_size, metric_names(self.factors, self.options.block_size))
+            names = metric_names(self.factors, self.options.block_size)
+            return zero_output(draft, self.options.block_size, names, draft.no_states(tables, batch))
         return dspark_loss(draft, tables, batch, labels, self.factors)
 
     def proposer(self, draft: DraftModel, tables: TargetTables) -> DSparkProposer:

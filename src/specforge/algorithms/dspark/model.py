@@ -13,9 +13,7 @@ from specforge.algorithms.base import TargetTables
 from specforge.algorithms.dspark.config import DSparkDraftConfig
 from specforge.algorithms.dspark.features import SlotLabels
 from specforge.algorithms.dspark.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
-from specforge.algorithms.parts.block_attention import block_layout
 from specforge.algorithms.parts.block_backbone import BlockBackbone
-from specforge.algorithms.parts.blocks import slot_embeddings
 from specforge.contracts.batches import TrainBatch
 from specforge.errors import DraftError
 
@@ -56,11 +54,8 @@ class DSparkDraft(BlockBackbone):
 
     def slot_outputs(self, tables: TargetTables, batch: TrainBatch[Tensor], labels: SlotLabels) -> SlotOutputs:
         """All slots of the blocks of ``labels``, each told its true previous token."""
-        config, blocks = self.config, labels.blocks
-        first = batch.input_ids[blocks.anchors]
-        embedded = slot_embeddings(tables.embed_tokens, first, config.block_size, config.mask_token_id)
-        states: Tensor = self(embedded, batch.features["aux"], block_layout(blocks, batch))
-        hidden = states.unflatten(0, (-1, config.block_size))
+        states = self.block_states(tables, batch, labels.blocks)
+        hidden = states.unflatten(0, (-1, self.config.block_size))
         markov = previous = None
         if self.markov_head is not None:
             previous = self.markov_head.markov_w1(batch.input_ids[labels.previous])

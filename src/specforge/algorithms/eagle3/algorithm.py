@@ -17,7 +17,7 @@ from specforge.algorithms.base import (
 )
 from specforge.algorithms.draft_config import DraftConfig, checked_layers, pruned_size
 from specforge.algorithms.eagle3.config import Eagle3DraftConfig, Eagle3Options
-from specforge.algorithms.eagle3.features import plan_unroll, row_weights
+from specforge.algorithms.eagle3.features import plan_unroll, row_weights, share_plan
 from specforge.algorithms.eagle3.loss import make_teacher, metric_names, row_loss, unroll, unroll_loss
 from specforge.algorithms.eagle3.model import Eagle3Draft
 from specforge.algorithms.eagle3.proposer import Eagle3Proposer
@@ -42,6 +42,7 @@ class Eagle3(Algorithm):
 
     name: ClassVar[str] = "eagle3"
     config_type: ClassVar[type[DraftConfig]] = Eagle3DraftConfig
+    splits_sequences: ClassVar[bool] = True
 
     def __init__(self, options: Eagle3Options) -> None:
         self.options = options
@@ -91,19 +92,20 @@ class Eagle3(Algorithm):
     def forward_loss(
         self, draft: DraftModel, tables: TargetTables, batch: TrainBatch[Tensor], context: StepContext
     ) -> StepOutput:
-        del context  # nothing is drawn and nothing is scheduled
         assert isinstance(draft, Eagle3Draft)
         num_steps = self.options.ttt_steps
         supervised = supervised_rows(batch, num_steps, self.options.mask_offset)
         if not supervised.any():
             return zero_output(draft, num_steps, metric_names(num_steps))
         plan, supervision = plan_unroll(batch, supervised)
+        if context.sequence is not None:
+            plan, supervision = share_plan(plan, supervision, context.sequence)
         teacher = make_teacher(draft, tables, batch, supervision)
         decay = torch.tensor([self.options.step_decay**k for k in range(num_steps)], device=supervised.device)
         shares, _ = row_weights(batch, supervised[0], self.options.normalisation)
         weights = decay.unsqueeze(-1) * shares[plan.context[plan.rows]]
         readouts = unroll(draft, tables, batch, plan)
-        return unroll_loss(draft, readouts, supervision, teacher, weights, row_loss(self.options))
+        return unroll_loss(draft, readouts, supervision, teacher, weights, row_loss(self.options), plan.share)
 
     def proposer(self, draft: DraftModel, tables: TargetTables) -> Eagle3Proposer:
         assert isinstance(draft, Eagle3Draft)

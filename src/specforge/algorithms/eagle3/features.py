@@ -9,13 +9,14 @@ Legend: T packed tokens, C context tokens, R computed rows, K unroll steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from specforge.algorithms.parts.alignment import document_ends, visible_context
 from specforge.algorithms.parts.attention import PackedLayout, packed_layout
+from specforge.algorithms.parts.sequence import SequenceShare
 from specforge.contracts.batches import TrainBatch
 
 
@@ -28,6 +29,11 @@ class UnrollPlan:
     * ``first_tokens`` int64 [C]: token embedded in every context row at step 0 (all are keys of the later ones)
     * ``tokens`` int64 [K, R]: token embedded in the computed rows at each step
     * ``positions`` int64 [C]: rotary position of every context row at step 0; step ``k`` adds ``k``
+
+    The plan of a ``share`` has its slices of the rows and of the context, and the ``layout`` of all of them:
+
+    * ``context``, ``positions`` [C + X]: the slice of the context, then those own rows that are not in it
+    * ``embedded`` int64 [E], ascending: the tokens that they embed; ``first_tokens`` [C] and ``tokens`` index into it
     """
 
     context: Tensor
@@ -36,6 +42,8 @@ class UnrollPlan:
     tokens: Tensor
     positions: Tensor
     layout: PackedLayout
+    share: SequenceShare | None = None
+    embedded: Tensor | None = None
 
     @property
     def num_steps(self) -> int:
@@ -88,3 +96,28 @@ def plan_unroll(batch: TrainBatch[Tensor], supervised: Tensor) -> tuple[UnrollPl
         layout=packed_layout(lengths, torch.searchsorted(context, rows)),
     )
     return plan, Supervision(mask=supervised[:, rows], teachers=ahead.clamp(max=max(num_tokens - 1, 0)))
+
+
+def share_plan(plan: UnrollPlan, supervision: Supervision, share: SequenceShare) -> tuple[UnrollPlan, Supervision]:
+    """What of a whole plan and its supervision is this rank's. Slices of rows and of context are alike in size on all
+    ranks, so a row need not be in the slice of the context: its features are then fused on two ranks.
+    """
+    columns, rows = share.rows(plan.context.numel()), share.rows(plan.rows.numel())
+    own_rows = plan.rows[rows]
+    outside = own_rows[(own_rows < columns.start) | (own_rows >= columns.stop)]
+    fused = torch.cat((torch.arange(columns.start, columns.stop, device=outside.device), outside))
+    place = torch.zeros_like(plan.context)
+    place[fused] = torch.arange(fused.numel(), device=fused.device)
+    first_tokens, tokens = plan.first_tokens[columns], plan.tokens[:, rows].contiguous()
+    embedded = torch.cat((first_tokens, tokens.flatten())).unique()
+    part = replace(
+        plan,
+        context=plan.context[fused],
+        rows=place[own_rows],
+        first_tokens=torch.searchsorted(embedded, first_tokens),
+        tokens=torch.searchsorted(embedded, tokens),
+        positions=plan.positions[fused],
+        share=share,
+        embedded=embedded,
+    )
+    return part, Supervision(supervision.mask[:, rows], supervision.teachers[:, rows])

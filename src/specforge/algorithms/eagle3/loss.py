@@ -26,6 +26,7 @@ from specforge.algorithms.parts.losses import (
     lk_hybrid,
     negative_log_acceptance,
 )
+from specforge.algorithms.parts.sequence import SequenceShare
 from specforge.algorithms.parts.vocabulary import target_ids
 from specforge.contracts.batches import TrainBatch
 
@@ -33,6 +34,8 @@ from specforge.contracts.batches import TrainBatch
 def unroll(draft: Eagle3Draft, tables: TargetTables, batch: TrainBatch[Tensor], plan: UnrollPlan) -> list[Tensor]:
     """What the head reads after each step, K tensors [R, H]."""
     ids = torch.cat((batch.input_ids, batch.input_ids.new_zeros(1)))
+    if plan.embedded is not None:
+        ids = ids[plan.embedded]
     readouts: list[Tensor] = draft(batch.features["aux"], tables.embed_tokens[ids], plan)
     return readouts
 
@@ -51,7 +54,7 @@ class LossRows:
     """The supervised (step, row) pairs, sorted by teacher.
 
     ``steps`` and ``teacher_rows`` int64 [M]; ``weights`` fp32 [M], 0 for a teacher token that the draft does not have,
-    which ``known`` bool [M] marks.
+    which ``known`` bool [M] marks. With a ``share`` they are this rank's of the micro-batch, else all of it.
     """
 
     teacher: Teacher
@@ -60,6 +63,7 @@ class LossRows:
     weights: Tensor
     known: Tensor
     num_steps: int
+    share: SequenceShare | None = None
 
     def by_step(self, values: Tensor) -> Tensor:
         """Sums fp64 [K] over the rows of each step whose teacher token the draft has."""
@@ -91,11 +95,15 @@ def batch_mixture(decay: float, scale: float) -> RowLoss:
 
 @torch.no_grad()
 def mean_overlaps(rows: LossRows, source: Source) -> Tensor:
-    """Mean overlap of the rows of each step whose teacher token the draft has, fp32 [K], 0 without such a row."""
+    """Mean overlap of the micro-batch's rows of each step whose teacher token the draft has, fp32 [K], 0 without such
+    a row.
+    """
     objective = SoftTargets(rows.teacher, rows.teacher_rows, rows.weights)
     fused_loss([source], objective)
-    counts = rows.by_step(torch.ones_like(objective.overlap))
-    return (rows.by_step(objective.overlap) / counts.clamp(min=1)).float()
+    sums = torch.stack((rows.by_step(objective.overlap), rows.by_step(torch.ones_like(objective.overlap))))
+    overlaps, counts = sums if rows.share is None else rows.share.sum(sums)
+    means: Tensor = (overlaps / counts.clamp(min=1)).float()
+    return means
 
 
 def row_loss(options: Eagle3Options) -> RowLoss:
@@ -117,11 +125,13 @@ def unroll_loss(
     teacher: Teacher,
     weights: Tensor,
     loss: RowLoss,
+    share: SequenceShare | None = None,
 ) -> StepOutput:
     """``sum over k and supervised rows of weights * loss``, undivided, and the metrics.
 
     ``weights`` fp32 [K, R], or of a shape that expands to it. Rows whose teacher token is outside the draft vocabulary
     add nothing to the loss and still count as supervised (as misses in the accuracy). Metrics: :func:`metric_names`.
+    ``share``: the rows are this rank's of the micro-batch.
     """
     num_steps, num_rows = supervision.mask.shape
     steps, places = supervision.mask.nonzero(as_tuple=True)
@@ -129,7 +139,7 @@ def unroll_loss(
     steps, places = steps[order], places[order]
     known = teacher.known(teacher_rows)
     row_weights = weights.to(known.device).expand(num_steps, num_rows)[steps, places] * known
-    rows = LossRows(teacher, steps, teacher_rows, row_weights, known, num_steps)
+    rows = LossRows(teacher, steps, teacher_rows, row_weights, known, num_steps, share)
     source = Source(torch.cat(readouts).index_select(0, steps * num_rows + places), draft.lm_head.weight)
     objective = loss(rows, source)
     loss_sum = fused_loss([source], objective)

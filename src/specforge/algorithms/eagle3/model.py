@@ -9,6 +9,10 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,16 +20,34 @@ from torch import Tensor, nn
 from specforge.algorithms.base import DraftModel
 from specforge.algorithms.eagle3.config import Eagle3DraftConfig
 from specforge.algorithms.eagle3.features import UnrollPlan
-from specforge.algorithms.parts.attention import unrolled_attention
+from specforge.algorithms.parts.attention import PackedLayout, unrolled_attention
+from specforge.algorithms.parts.eager import Eager
 from specforge.algorithms.parts.mlp import SwiGLU
 from specforge.algorithms.parts.norm import RMSNorm
 from specforge.algorithms.parts.projections import build_attention
+from specforge.algorithms.parts.sequence import SequenceShare
 from specforge.algorithms.parts.vocabulary import vocabulary_maps
 from specforge.errors import DraftError
 
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LaterRows:
+    """Keys and values of the computed rows at the steps from 1 on, [R, m, d] and [R, m, e] each. In a sequence group,
+    those of all its rows and of the own heads.
+
+    A record, because a layer compiled for a plain tuple is compiled again for every length of it.
+    """
+
+    steps: tuple[KeysValues, ...] = ()
+
+    def and_those(self, added: KeysValues | None) -> LaterRows:
+        return self if added is None else LaterRows((*self.steps, added))
+
 
 class Eagle3Layer(nn.Module):
-    """The decoder layer, without its attention pattern: the unroll and the proposer each bring their own.
+    """The decoder layer. The unroll calls it once a step; the proposer brings its own attention.
 
     The attention reads ``concat(token, hidden)``, 2H wide, token half first. The unroll projects the two halves apart
     and adds them, so that a token is projected once for all steps that embed it.
@@ -41,6 +63,31 @@ class Eagle3Layer(nn.Module):
         self.mlp = SwiGLU(size, config.intermediate_size)
         self.norm_before_residual = config.norm_before_residual
 
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        weight: Tensor,
+        angles: tuple[Tensor, Tensor],
+        layout: PackedLayout,
+        context: KeysValues,
+        own: LaterRows,
+        share: SequenceShare | None = None,
+    ) -> tuple[Tensor, KeysValues | None]:
+        """The output [R, H] of one step of the unroll, and the keys and values that it adds to ``own``.
+
+        ``hidden`` [R, H] enters; ``tokens`` [R, F] is the projected token half of the input and ``weight`` [F, H] what
+        projects the other. Step 0 projects queries alone and adds nothing: its keys and values are the ``context``'s.
+        With a ``share`` the rows are its own, and ``layout``, ``context`` and ``own`` those of the sequence group.
+        """
+        attention, split = self.self_attn, self.self_attn.num_query_features
+        normed = self.hidden_norm(hidden)
+        projected = F.linear(normed, weight) + tokens
+        added = None if len(weight) == split else attention.keys_values(projected[:, split:], angles)
+        queries = attention.queries(projected[:, :split], angles)
+        attended, added = _attend(layout, share, queries, context, own, added)
+        return self.finish(hidden, normed, attended), added
+
     def finish(self, hidden: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
         """Residual, output projection and MLP.
 
@@ -51,12 +98,33 @@ class Eagle3Layer(nn.Module):
         return output
 
 
+@Eager
+def _attend(
+    layout: PackedLayout,
+    share: SequenceShare | None,
+    queries: Tensor,
+    context: KeysValues,
+    own: LaterRows,
+    added: KeysValues | None,
+) -> tuple[Tensor, KeysValues | None]:
+    """The attention [R, n, e], and ``added`` as :class:`LaterRows` keeps it."""
+    if share is None:
+        return unrolled_attention(layout, queries, context, own.and_those(added).steps), added
+    num_rows = layout.row_slots.numel()
+    queries = share.to_heads(queries, num_rows)
+    if added is not None:
+        added = share.to_heads(added[0], num_rows), share.to_heads(added[1], num_rows)
+    return share.to_rows(unrolled_attention(layout, queries, context, own.and_those(added).steps)), added
+
+
 class Eagle3Draft(DraftModel):
     """Parameters under their served names; the target's embedding is passed in, never owned.
 
     ``kept_ids`` int64 [W] ascending are the target ids of the draft vocabulary, ``None`` for all. The buffers ``d2t``
     int64 [W] and ``t2d`` bool [V] are always there (identity maps for a full vocabulary).
     """
+
+    blocks_run_once: ClassVar[bool] = False
 
     def __init__(self, config: Eagle3DraftConfig, kept_ids: Tensor | None = None) -> None:
         super().__init__()
@@ -96,35 +164,37 @@ class Eagle3Draft(DraftModel):
         normed = self.norm(output)
         return normed, normed if self.config.norm_output else output
 
+    def training_blocks(self) -> Sequence[nn.Module]:
+        return (self.midlayer,)
+
     def forward(self, aux: Tensor, token_embeddings: Tensor, plan: UnrollPlan) -> list[Tensor]:
         """The training unroll: what the head reads after each step, K tensors [R, H].
 
-        ``aux`` [T, num_aux * Ht]; ``token_embeddings`` [T + 1, H], the last row being that of id 0 (see
+        ``aux`` [T, num_aux * Ht]; ``token_embeddings`` [T + 1, H], the last row being that of id 0, or [E, H] (see
         :class:`UnrollPlan`). Gradients flow through every stored key, value and hidden state.
         """
-        layer, attention = self.midlayer, self.midlayer.self_attn
-        split = attention.num_query_features
+        layer, attention, share = self.midlayer, self.midlayer.self_attn, plan.share
+        split, num_context = attention.num_query_features, plan.first_tokens.numel()
         token_weight, hidden_weight = attention.input_weight().chunk(2, dim=1)
         token_part = F.linear(layer.input_layernorm(token_embeddings.to(self.fc.weight.dtype)), token_weight)
         all_hidden = self.fuse(aux.index_select(0, plan.context))
-        all_normed = layer.hidden_norm(all_hidden)
-        first = F.linear(all_normed, hidden_weight[split:]) + token_part[:, split:].index_select(0, plan.first_tokens)
-        context = attention.keys_values(first, attention.rotary(plan.positions))
-        hidden, normed = all_hidden.index_select(0, plan.rows), all_normed.index_select(0, plan.rows)
+        first = F.linear(layer.hidden_norm(all_hidden[:num_context]), hidden_weight[split:])
+        first = first + token_part[:, split:].index_select(0, plan.first_tokens)
+        context = attention.keys_values(first, attention.rotary(plan.positions[:num_context]))
+        if share is not None:
+            num_keys = plan.layout.key_slots.numel()
+            context = share.to_heads(context[0], num_keys), share.to_heads(context[1], num_keys)
+        hidden = all_hidden.index_select(0, plan.rows)
         positions = plan.positions.index_select(0, plan.rows)
-        own: list[tuple[Tensor, Tensor]] = []
+        own = LaterRows()
         outputs = []
         for step in range(plan.num_steps):
-            tokens, angles = plan.tokens[step], attention.rotary(positions + step)
-            if step == 0:
-                projected = F.linear(normed, hidden_weight[:split]) + token_part[:, :split].index_select(0, tokens)
-            else:
-                normed = layer.hidden_norm(hidden)
-                projected = F.linear(normed, hidden_weight) + token_part.index_select(0, tokens)
-                own.append(attention.keys_values(projected[:, split:], angles))
-            queries = attention.queries(projected[:, :split], angles)
-            attended = unrolled_attention(plan.layout, queries, context, own)
-            readout, hidden = self.read_out(layer.finish(hidden, normed, attended))
+            needed = slice(split) if step == 0 else slice(None)
+            tokens = token_part[:, needed].index_select(0, plan.tokens[step])
+            angles = attention.rotary(positions + step)
+            output, added = layer(hidden, tokens, hidden_weight[needed], angles, plan.layout, context, own, share)
+            own = own.and_those(added)
+            readout, hidden = self.read_out(output)
             outputs.append(readout)
         return outputs
 

@@ -88,7 +88,9 @@ class Medusa(Algorithm):
         num_heads, soft = draft.config.num_heads, self.options.loss == "soft"
         supervision = supervise(batch, num_heads)
         if not supervision.mask.any():
-            return zero_output(draft, num_heads, metric_names(num_heads, soft=soft))
+            nothing = batch.features["last"][:0]
+            states = torch.cat([draft(head, nothing) for head in range(num_heads)])
+            return zero_output(draft, num_heads, metric_names(num_heads, soft=soft), states)
         teacher = make_teacher(tables, batch, supervision) if soft else None
         return heads_loss(draft, tables, batch, supervision, teacher=teacher, decay=self.options.head_decay)
 

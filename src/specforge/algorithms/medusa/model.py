@@ -7,7 +7,8 @@ Legend: R rows, H hidden size, V vocabulary, K heads.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,12 +23,9 @@ class ResidualBlocks(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(num_blocks))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
     def forward(self, hidden: Tensor) -> Tensor:
-        """[R, H] -> [R, H]."""
+        """[R, H] -> [R, H], in the precision of the weights."""
+        hidden = hidden.to(next(self.parameters()).dtype)
         for layer in self.layers:
             hidden = hidden + F.silu(layer(hidden))
         return hidden
@@ -47,10 +45,11 @@ class MedusaDraft(DraftModel):
 
     def forward(self, head: int, last: Tensor) -> Tensor:
         """What the output matrix of ``head`` reads, [R, H], for the target's last hidden states [R, H]."""
-        block = self.blocks[head]
-        assert isinstance(block, ResidualBlocks)
-        state: Tensor = block(last.to(block.dtype))
+        state: Tensor = self.blocks[head](last)
         return state
+
+    def training_blocks(self) -> Sequence[nn.Module]:
+        return tuple(self.blocks)
 
     def vocabulary_tables(self) -> frozenset[str]:
         return frozenset(name for name, _ in self.named_parameters() if name.startswith("lm_heads."))

@@ -7,6 +7,9 @@ Legend: T packed tokens, C context tokens, R rows, K steps, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,10 +17,27 @@ from torch import Tensor, nn
 from specforge.algorithms.base import DraftModel
 from specforge.algorithms.mtp.config import MtpDraftConfig
 from specforge.algorithms.mtp.features import StepPlan
-from specforge.algorithms.parts.attention import unrolled_attention
+from specforge.algorithms.parts.attention import PackedLayout, unrolled_attention
 from specforge.algorithms.parts.decoder import DecoderLayer
 from specforge.algorithms.parts.norm import RMSNorm
 from specforge.errors import DraftError
+
+
+class MtpLayer(DecoderLayer):
+    """A layer over the rows of one step."""
+
+    def forward(self, rows: Tensor, angles: tuple[Tensor, Tensor], layout: PackedLayout, kept: Tensor | None) -> Tensor:
+        """Next states [R, H] of the ``kept`` [R] of ``rows`` [C, H] (``None``: of all), which see all of them.
+
+        ``angles`` are the rotary ones of the C rows, ``layout`` is that of the kept ones.
+        """
+        attention, normed = self.self_attn, self.input_layernorm(rows)
+        context = attention.keys_values(normed, angles)
+        if kept is not None:
+            rows, normed = rows.index_select(0, kept), normed.index_select(0, kept)
+            angles = angles[0][kept], angles[1][kept]
+        attended = unrolled_attention(layout, attention.queries(normed, angles), context, [])
+        return self.finish(rows, attended)
 
 
 class MultiTokenPredictor(nn.Module):
@@ -29,13 +49,13 @@ class MultiTokenPredictor(nn.Module):
         self.pre_fc_norm_embedding = RMSNorm(size, eps)
         self.pre_fc_norm_hidden = RMSNorm(size, eps)
         self.fc = nn.Linear(2 * size, size, bias=False)
-        self.layers = nn.ModuleList([DecoderLayer(config, qk_norm=config.qk_norm)])
+        self.layers = nn.ModuleList([MtpLayer(config, qk_norm=config.qk_norm)])
         self.norm = RMSNorm(size, eps)
 
     @property
-    def layer(self) -> DecoderLayer:
+    def layer(self) -> MtpLayer:
         layer = self.layers[0]
-        assert isinstance(layer, DecoderLayer)
+        assert isinstance(layer, MtpLayer)
         return layer
 
     def project_tokens(self, embeddings: Tensor) -> Tensor:
@@ -50,7 +70,9 @@ class MultiTokenPredictor(nn.Module):
 
 
 class MtpDraft(DraftModel):
-    """Embedding and output head are the target's and never owned."""
+    """Embedding and output head are the target's and never owned. The layer is called at every step of the unroll."""
+
+    blocks_run_once: ClassVar[bool] = False
 
     def __init__(self, config: MtpDraftConfig) -> None:
         super().__init__()
@@ -68,9 +90,8 @@ class MtpDraft(DraftModel):
         ``last`` [T, H]; ``token_embeddings`` [T + 1, H], the last row being that of id 0 (see :class:`StepPlan`).
         """
         mtp = self.mtp
-        layer, attention = mtp.layer, mtp.layer.self_attn
         token_part = mtp.project_tokens(token_embeddings)
-        angles = attention.rotary(plan.positions)
+        angles = mtp.layer.self_attn.rotary(plan.positions)
         hidden, readouts = last[plan.context].to(token_part.dtype), []
         for step in range(plan.num_steps):
             is_last = step == plan.num_steps - 1
@@ -78,15 +99,13 @@ class MtpDraft(DraftModel):
                 readouts.append(hidden[:0])
                 break
             rows = token_part.index_select(0, plan.tokens[step]) + mtp.project_hidden(hidden)
-            normed = layer.input_layernorm(rows)
-            context, layout, turns = attention.keys_values(normed, angles), plan.layout, angles
-            if is_last:
-                rows, normed = rows.index_select(0, plan.last_rows), normed.index_select(0, plan.last_rows)
-                layout, turns = plan.last_layout, (angles[0][plan.last_rows], angles[1][plan.last_rows])
-            attended = unrolled_attention(layout, attention.queries(normed, turns), context, [])
-            hidden = mtp.norm(layer.finish(rows, attended))
+            layout, kept = (plan.last_layout, plan.last_rows) if is_last else (plan.layout, None)
+            hidden = mtp.norm(mtp.layer(rows, angles, layout, kept))
             readouts.append(hidden)
         return readouts
+
+    def training_blocks(self) -> Sequence[nn.Module]:
+        return (self.mtp.layer,)
 
 
 def step_embeddings(input_ids: Tensor, embed_tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@
 * ``vocabulary``   pruned draft vocabularies: kept ids, ``d2t``, ``t2d``
 * ``tables``       the frozen tables of a target, read from its directory
 * ``losses``       soft cross entropy from a teacher's hidden states, chunked
+* ``sequence``     sequence parallelism: the rows of a sample over several ranks
 * ``alignment``    which rows of a packed batch are supervised, and which tokens they see
 * ``row_cache``    keys and values of one sequence, for proposers
 * ``target_layers`` decoder layers of a target, read from its directory

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge.algorithms.parts.eager import Eager
+
 
 @dataclass(frozen=True, slots=True)
 class DocumentGroup:
@@ -104,6 +106,7 @@ def packed_layout(lengths: Sequence[int], rows: Tensor) -> PackedLayout:
     return PackedLayout(tuple(groups), row_slots.to(rows.device), key_slots.to(rows.device))
 
 
+@Eager
 def unrolled_attention(
     layout: PackedLayout,
     queries: Tensor,
@@ -116,6 +119,10 @@ def unrolled_attention(
     [R, m, e] of the steps 1..k in order. Softmax in fp32, of scores divided by sqrt(d).
     """
     flat = [tensor for pair in own for tensor in pair]
+    if not layout.groups:
+        # no rows: every operand stays in the graph, so that the weights behind it get their zeros
+        reached = torch.stack([tensor.flatten()[:0].sum() for tensor in (queries, *context, *flat)]).sum()
+        return queries.new_zeros(*queries.shape[:2], context[1].shape[-1]) + reached
     output: Tensor = _UnrolledAttention.apply(layout, queries, *context, *flat)  # type: ignore[no-untyped-call]
     return output
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from specforge.algorithms.parts.blocks import Blocks
+from specforge.algorithms.parts.eager import Eager
 from specforge.contracts.batches import TrainBatch
 
 STRIP_ROWS = 256
@@ -120,6 +121,7 @@ def block_layout(blocks: Blocks, batch: TrainBatch[Tensor]) -> BlockLayout:
     )
 
 
+@Eager
 def block_attention(
     layout: BlockLayout, queries: Tensor, context: KeysValues, own: KeysValues, window: int | None = None
 ) -> Tensor:

@@ -6,14 +6,20 @@ target, n query heads, m key/value heads, d head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from specforge.algorithms.base import DraftModel, Pace, TargetTables
-from specforge.algorithms.parts.block_attention import BlockLayout, block_attention
+from specforge.algorithms.parts.block_attention import BlockLayout, KeysValues, block_attention, block_layout
 from specforge.algorithms.parts.block_config import BlockDraftConfig
+from specforge.algorithms.parts.blocks import Blocks, slot_embeddings
 from specforge.algorithms.parts.decoder import Attention, DecoderLayer
+from specforge.algorithms.parts.eager import Eager
 from specforge.algorithms.parts.norm import RMSNorm
+from specforge.algorithms.parts.sequence import SequenceShare
+from specforge.contracts.batches import TrainBatch
 from specforge.errors import DraftError
 
 INIT_STD = 0.02
@@ -22,6 +28,58 @@ INITIAL_TOKENS = 256
 
 BLOCK_TRAINING = Pace(lr=6e-4, warmup_ratio=0.04, max_grad_norm=1.0)
 """How block drafts are trained: the published recipe of DFlash."""
+
+
+class BlockLayer(DecoderLayer):
+    """A layer over slots. ``window`` is that of a sliding layer, ``None`` for a full one."""
+
+    def __init__(self, config: BlockDraftConfig, window: int | None) -> None:
+        super().__init__(config, qk_norm=True)
+        self.window = window
+
+    def forward(
+        self,
+        rows: Tensor,
+        context: Tensor,
+        context_angles: tuple[Tensor, Tensor],
+        slot_angles: tuple[Tensor, Tensor],
+        layout: BlockLayout,
+        share: SequenceShare | None = None,
+    ) -> Tensor:
+        """The slots' next states [R, H] of ``rows`` [R, H] and ``context`` [C, H], with the rotary angles of both. With
+        a ``share`` all are its own, and the ``layout`` is that of the sequence group.
+        """
+        attention, normed = self.self_attn, self.input_layernorm(rows)
+        attended = _block_attention(
+            layout,
+            share,
+            attention.queries(normed, slot_angles),
+            attention.keys_values(context, context_angles),
+            attention.keys_values(normed, slot_angles),
+            self.window,
+        )
+        return self.finish(rows, attended)
+
+
+@Eager
+def _block_attention(
+    layout: BlockLayout,
+    share: SequenceShare | None,
+    queries: Tensor,
+    context: KeysValues,
+    own: KeysValues,
+    window: int | None,
+) -> Tensor:
+    """Attention output [R, n, d]; with a ``share`` the slots are its own, by whole blocks."""
+    if share is None:
+        return block_attention(layout, queries, context, own, window)
+    num_columns, num_blocks, block = layout.context.numel(), layout.num_blocks, (-1, layout.block_size)
+    keys, values = (share.to_heads(rows, num_columns) for rows in context)
+    queries, own_keys, own_values = (
+        share.to_heads(rows.unflatten(0, block), num_blocks).flatten(0, 1) for rows in (queries, *own)
+    )
+    attended = block_attention(layout, queries, (keys, values), (own_keys, own_values), window)
+    return share.to_rows(attended.unflatten(0, block)).flatten(0, 1)
 
 
 class BlockBackbone(DraftModel):
@@ -36,7 +94,7 @@ class BlockBackbone(DraftModel):
         self.config = config
         self.fc = nn.Linear(len(config.aux_layers) * config.target_hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layers = nn.ModuleList(DecoderLayer(config, qk_norm=True) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(BlockLayer(config, window) for window in config.windows())
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def fuse(self, features: Tensor) -> Tensor:
@@ -44,33 +102,50 @@ class BlockBackbone(DraftModel):
         context: Tensor = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         return context
 
-    def forward(self, slots: Tensor, features: Tensor, layout: BlockLayout) -> Tensor:
+    def forward(
+        self, slots: Tensor, features: Tensor, layout: BlockLayout, share: SequenceShare | None = None
+    ) -> Tensor:
         """Normed states of the slots, [R, H].
 
         ``slots`` [R, H] are the embeddings that enter (:func:`specforge.algorithms.parts.blocks.slot_embeddings`),
-        ``features`` [T, num_aux * Ht] those of the whole pack, of which only the context is read.
+        ``features`` [T, num_aux * Ht] those of the whole pack, of which only the context is read. With a ``share`` the
+        slots are those of its own blocks, and of the context it reads its own slice.
         """
-        context = self.fuse(features.index_select(0, layout.context))
+        tokens, context_positions, slot_positions = layout.context, layout.context_positions, layout.slot_positions
+        if share is not None:
+            columns, own = share.rows(tokens.numel()), share.rows(layout.num_blocks)
+            tokens, context_positions = tokens[columns], context_positions[columns]
+            slot_positions = slot_positions[own.start * layout.block_size : own.stop * layout.block_size]
+        context = self.fuse(features.index_select(0, tokens))
         rows = slots.to(self.fc.weight.dtype)
         rotary = self.attention(0).rotary
-        context_angles, slot_angles = rotary(layout.context_positions), rotary(layout.slot_positions)
-        for index, window in enumerate(self.config.windows()):
-            layer, attention = self.layer(index), self.attention(index)
-            normed = layer.input_layernorm(rows)
-            attended = block_attention(
-                layout,
-                attention.queries(normed, slot_angles),
-                attention.keys_values(context, context_angles),
-                attention.keys_values(normed, slot_angles),
-                window,
-            )
-            rows = layer.finish(rows, attended)
+        context_angles, slot_angles = rotary(context_positions), rotary(slot_positions)
+        for layer in self.layers:
+            rows = layer(rows, context, context_angles, slot_angles, layout, share)
         output: Tensor = self.norm(rows)
         return output
 
-    def layer(self, index: int) -> DecoderLayer:
+    def training_blocks(self) -> Sequence[nn.Module]:
+        return tuple(self.layers)
+
+    def block_states(
+        self, tables: TargetTables, batch: TrainBatch[Tensor], blocks: Blocks, share: SequenceShare | None = None
+    ) -> Tensor:
+        """Normed states [N * b, H] of the slots of ``blocks`` of ``batch``; with a ``share``, of its own blocks."""
+        own = blocks if share is None else blocks.part(share.rows(blocks.num_blocks))
+        tokens = batch.input_ids[own.anchors]
+        slots = slot_embeddings(tables.embed_tokens, tokens, blocks.block_size, self.config.mask_token_id)
+        states: Tensor = self(slots, batch.features["aux"], block_layout(blocks, batch), share)
+        return states
+
+    def no_states(self, tables: TargetTables, batch: TrainBatch[Tensor]) -> Tensor:
+        """:meth:`block_states` of no block, [0, H]."""
+        none = batch.input_ids.new_zeros(0, dtype=torch.int64)
+        return self.block_states(tables, batch, Blocks.at(none, batch, self.config.block_size))
+
+    def layer(self, index: int) -> BlockLayer:
         layer = self.layers[index]
-        assert isinstance(layer, DecoderLayer)
+        assert isinstance(layer, BlockLayer)
         return layer
 
     def attention(self, index: int) -> Attention:
@@ -117,13 +192,13 @@ class BlockSession:
         rows = slots.to(self.backbone.fc.weight.dtype)
         positions = self.num_tokens + torch.arange(rows.shape[0], device=rows.device)
         angles = self.backbone.attention(0).rotary(positions)
-        for index, window in enumerate(self.backbone.config.windows()):
+        for index in range(len(self._caches)):
             layer, attention = self.backbone.layer(index), self.backbone.attention(index)
             normed = layer.input_layernorm(rows)
             own = torch.cat(attention.keys_values(normed, angles), dim=1)
-            first = 0 if window is None else max(0, self.num_tokens - (window - 1))
+            first = 0 if layer.window is None else max(0, self.num_tokens - (layer.window - 1))
             joint = torch.cat((self._caches[index][first : self.num_tokens], own))
-            rows = layer.finish(rows, _attend(attention.queries(normed, angles), joint, window))
+            rows = layer.finish(rows, _attend(attention.queries(normed, angles), joint, layer.window))
         output: Tensor = self.backbone.norm(rows)
         return output
 

@@ -45,6 +45,10 @@ class Blocks:
         """N."""
         return self.anchors.numel()
 
+    def part(self, which: slice) -> Blocks:
+        """Some of the blocks."""
+        return Blocks(self.anchors[which], self.starts[which], self.ends[which], self.block_size)
+
 
 def sample_blocks(batch: TrainBatch[Tensor], context: StepContext, block_size: int, num_anchors: int) -> Blocks:
     """Up to ``num_anchors`` blocks of every sample, uniformly without replacement, ascending.

@@ -39,7 +39,10 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """``x + o(attention(input_layernorm(x)))``, then ``x + mlp(post_attention_layernorm(x))``."""
+    """``x + o(attention(input_layernorm(x)))``, then ``x + mlp(post_attention_layernorm(x))``.
+
+    An algorithm that trains it inherits and adds ``forward``, in which its own attention is between the two.
+    """
 
     def __init__(self, config: DraftConfig, *, qk_norm: bool) -> None:
         super().__init__()

@@ -20,6 +20,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            wide = x.float()
+            normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+            return normed.to(x.dtype) * self.weight
         if not torch.is_grad_enabled():
             return _normalise(x, self.weight, self.eps)[0]
         output: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]

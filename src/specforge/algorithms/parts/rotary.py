@@ -53,6 +53,10 @@ class Rotary:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` [.., heads, d] turned by the angles of its row, ``cos`` and ``sin`` [.., h]."""
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+    if torch.compiler.is_compiling():
+        # a compiler makes one pass of this, and cannot follow writes to halves of a tensor
+        left, right = x.chunk(2, dim=-1)
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
     if not torch.is_grad_enabled():
         return _turn(x, cos, sin)
     output: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]

@@ -105,10 +105,10 @@ class PEagle(Algorithm):
         assert isinstance(draft, PEagleDraft)
         num_depths = self.options.num_depths
         valid = supervised_positions(batch, self.options.mask_offset)
-        if not valid.any():
-            return zero_output(draft, num_depths, metric_names(num_depths))
         plan = plan_elements(batch, valid, draw_depths(batch, valid, self.shares, context))
         readouts = draft(batch.features["aux"], plan)
+        if not valid.any():
+            return zero_output(draft, num_depths, metric_names(num_depths), torch.cat(readouts))
         return elements_loss(draft, tables, batch.features["last"], readouts, plan, num_depths)
 
     def proposer(self, draft: DraftModel, tables: TargetTables) -> PEagleProposer:

@@ -23,11 +23,40 @@ from specforge.algorithms.peagle.features import ElementPlan
 from specforge.errors import DraftError
 
 
-class FirstLayer(DecoderLayer):
-    """Attention reads ``concat(input_layernorm(token), hidden_norm(hidden))``, 2H wide; the residual is ``hidden``."""
+class ElementLayer(DecoderLayer):
+    """An ordinary layer over elements."""
 
     def __init__(self, config: PEagleDraftConfig) -> None:
         super().__init__(config, qk_norm=False)
+
+    def forward(
+        self, hidden: Tensor, angles: tuple[Tensor, Tensor], plan: ElementPlan, *, outputs_only: bool
+    ) -> Tensor:
+        """Next states of all elements, depth-major, from ``hidden`` [E, H] with the rotary ``angles`` of their rows.
+
+        ``outputs_only`` leaves of depth 0 the rows ``plan.outputs``.
+        """
+        return self._next(hidden, self.input_layernorm(hidden), angles, plan, outputs_only=outputs_only)
+
+    def _next(
+        self,
+        hidden: Tensor,
+        inputs: Tensor,
+        angles: tuple[Tensor, Tensor],
+        plan: ElementPlan,
+        *,
+        outputs_only: bool,
+    ) -> Tensor:
+        """:meth:`forward`, with what the attention reads in ``inputs`` [E, H or 2H]."""
+        attended = attend_elements(self, inputs, angles, plan, outputs_only=outputs_only)
+        return self.finish(_drop_rows(hidden, plan.sizes[0], plan.outputs if outputs_only else None), attended)
+
+
+class FirstLayer(ElementLayer):
+    """Attention reads ``concat(input_layernorm(token), hidden_norm(hidden))``, 2H wide; the residual is ``hidden``."""
+
+    def __init__(self, config: PEagleDraftConfig) -> None:
+        super().__init__(config)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         attention, size = self.self_attn, 2 * config.hidden_size
         attention.q_proj = nn.Linear(size, config.num_attention_heads * config.head_dim, bias=False)
@@ -37,6 +66,22 @@ class FirstLayer(DecoderLayer):
     def attention_input(self, token: Tensor, hidden: Tensor) -> Tensor:
         """[R, H] and [R, H] -> [R, 2H]."""
         return torch.cat((self.input_layernorm(token), self.hidden_norm(hidden)), dim=-1)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        plan: ElementPlan,
+        *,
+        outputs_only: bool,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """As every layer; ``tokens`` and ``hidden`` [C + 1, H] are the context and, last, the row of placeholders."""
+        assert tokens is not None, "the first layer reads tokens"
+        num_context, num_elements = plan.sizes[0], sum(plan.sizes)
+        elements = torch.arange(num_elements, device=hidden.device).clamp(max=num_context)
+        inputs = self.attention_input(tokens, hidden).index_select(0, elements)
+        return self._next(hidden.index_select(0, elements), inputs, angles, plan, outputs_only=outputs_only)
 
 
 class PEagleDraft(DraftModel):
@@ -54,7 +99,7 @@ class PEagleDraft(DraftModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.mask_hidden = nn.Parameter(torch.zeros(1, 1, width))
         self.fc = nn.Linear(width, config.hidden_size, bias=False)
-        ordinary = (DecoderLayer(config, qk_norm=False) for _ in range(config.num_layers - 1))
+        ordinary = (ElementLayer(config) for _ in range(config.num_layers - 1))
         self.layers = nn.ModuleList([FirstLayer(config), *ordinary])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -81,6 +126,9 @@ class PEagleDraft(DraftModel):
         normed: Tensor = layer.input_layernorm(hidden)
         return normed
 
+    def training_blocks(self) -> Sequence[nn.Module]:
+        return tuple(self.layers)
+
     def layer(self, index: int) -> DecoderLayer:
         layer = self.layers[index]
         assert isinstance(layer, DecoderLayer)
@@ -92,19 +140,14 @@ class PEagleDraft(DraftModel):
         All placeholders enter alike: they are one row behind the context up to the first layer's norms.
         """
         sizes = plan.sizes
-        elements = torch.arange(sum(sizes), device=plan.context.device).clamp(max=sizes[0])
         positions = [plan.positions]
         positions += [plan.positions[anchors] + depth for depth, anchors in enumerate(plan.anchors, start=1)]
         angles = self.layer(0).self_attn.rotary(torch.cat(positions))
         tokens, hidden = self.enter(aux[plan.context], plan.token_ids, num_masked=1)
-        for index in range(self.config.num_layers):
-            layer, inputs = self.layer(index), self.attention_input(index, tokens, hidden)
-            if index == 0:
-                inputs, hidden = inputs.index_select(0, elements), hidden.index_select(0, elements)
-            is_last = index == self.config.num_layers - 1
-            needed = plan.outputs if is_last else None
-            attended = attend_elements(layer, inputs, angles, plan, outputs_only=is_last)
-            hidden = layer.finish(_drop_rows(hidden, sizes[0], needed), attended)
+        first, *others = self.layers
+        hidden = first(hidden, angles, plan, outputs_only=not others, tokens=tokens)
+        for layer in others:
+            hidden = layer(hidden, angles, plan, outputs_only=layer is others[-1])
         sizes[0] = plan.outputs.numel()
         readouts: Tensor = self.norm(hidden)
         return list(readouts.split(sizes))
