@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 ARENA_MINUTES ?= 30
 BIN := $(VENV)/bin
+ENGINES := .venv-engines
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One compute thread a process: with two, and the other core busy, training runs several times slower.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo check format test test-full coverage golden bench chaos docs tiny-target clean
+.PHONY: help install dev demo check format test test-full test-engines coverage golden bench chaos docs tiny-target clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,8 +50,18 @@ format: $(VENV)/.dev ## reformat and apply safe fixes
 test: $(VENV)/.dev ## the test suite (a few minutes)
 	$(BIN)/python -m pytest -m 'not full' --numprocesses 2 --dist loadfile $(ARGS)
 
-test-full: $(VENV)/.dev ## what is slow: the whole demo, killed and resumed
+test-full: $(VENV)/.dev $(ENGINES)/.vllm ## what is slow: the whole demo, killed and resumed; vLLM
 	$(BIN)/python -m pytest -m full $(ARGS)
+
+test-engines: $(VENV)/.dev $(ENGINES)/.vllm ## exported drafts in a real vLLM, in an environment of its own
+	$(BIN)/python -m pytest -m full tests/engines $(ARGS)
+
+# Its dependencies contradict ours, so it has an environment of its own. PyTorch first, with its dependencies.
+$(ENGINES)/.vllm: constraints-engines.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check install --quiet "$$(grep '^torch==' constraints-engines.txt)"
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement constraints-engines.txt
+	@touch $@
 
 coverage: $(VENV)/.dev ## lines and branches that the unit tests reach
 	$(BIN)/python -m pytest tests/unit --cov --cov-report=term $(ARGS)
@@ -72,4 +83,4 @@ tiny-target: $(VENV)/.core ## retrain the demo's target from scratch (about an h
 	$(BIN)/python -m specforge.demo.target $(or $(OUT),src/specforge/demo/target_model)
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
+	rm -rf $(VENV) $(ENGINES) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info

@@ -9,7 +9,7 @@ import typer
 
 from specforge.cli.output import AsJson, named, print_json, print_table
 
-FORMATS = ("sglang", "hf")
+FORMATS = ("sglang", "vllm", "hf")
 DTYPES = ("bfloat16", "float16", "float32")
 NAMES = {
     "path": "directory",
@@ -41,13 +41,22 @@ def export(
         str,
         typer.Option(
             "--to",
-            help="sglang: what SGLang loads; hf: the plain weights and the whole draft config, for every algorithm.",
+            help="sglang: what SGLang loads; vllm: what vLLM loads (the layout of speculators); hf: the plain weights "
+            "and the whole draft config, for every algorithm.",
         ),
     ] = "sglang",
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype", help=f"Weights as {', '.join(DTYPES)}.  [default: bfloat16 for sglang, float32 for hf]"
+            "--dtype", help=f"Weights as {', '.join(DTYPES)}.  [default: float32 for hf, bfloat16 for the others]"
+        ),
+    ] = None,
+    accepted_length_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--accepted-length-from",
+            metavar="REPORT.json",
+            help="Output of specforge eval --json on this draft: the model card says the accepted length.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -58,7 +67,7 @@ def export(
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}", param_hint=option)
     from specforge.launch.export import export_draft
 
-    written = export_draft(checkpoint, to, out, dtype)
+    written = export_draft(checkpoint, to, out, dtype, accepted_length_from)
     if as_json:
         print_json(written)
     else:

@@ -4,7 +4,7 @@
     training    a draft on hidden states captured live                 OUT/train/
     evaluation  speculative decoding on prompts from held-out modules
     export      the draft as SGLang loads it, reloaded and compared    OUT/sglang/
-                (OUT/hf/, the plain weights, where SGLang serves none)
+                (OUT/vllm/ or OUT/hf/ where SGLang serves none)
     report      table, OUT/report.json, OUT/report.html
 
 Every phase either finds its result complete or makes it again; ``resume`` runs the phases in order and training
@@ -302,13 +302,13 @@ def _length(mean: float | None) -> str:
 
 def trained_modules(target_dir: Path) -> set[str]:
     """Names of the modules that the target in ``target_dir`` was trained on."""
-    listed = json.loads((target_dir / "modules.json").read_text())
+    listed = json.loads((target_dir / "trained_on.json").read_text())
     return {entry["name"] for entry in listed["trained_on"]}
 
 
 def is_trained(target_dir: Path) -> bool:
     """Whether the training of a target came to its end; its state goes when everything else is written."""
-    return (target_dir / "modules.json").exists() and not (target_dir / STATE_FILE).exists()
+    return (target_dir / "trained_on.json").exists() and not (target_dir / STATE_FILE).exists()
 
 
 def partial_of(path: Path) -> Path:

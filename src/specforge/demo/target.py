@@ -1,7 +1,7 @@
 """Trains the demo's target: a byte-level BPE tokenizer and a small Qwen3 model on the standard library.
 
 ``python -m specforge.demo.target OUT_DIR`` (``make tiny-target``) writes an ordinary Hugging Face directory plus
-``modules.json`` (what it was trained on) and ``training_log.jsonl``. The work is data parallel over ``--ranks``
+``trained_on.json`` (what it was trained on) and ``training_log.jsonl``. The work is data parallel over ``--ranks``
 processes of one compute thread each. A state file in OUT_DIR makes an interrupted run continue.
 """
 
@@ -166,7 +166,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, modules: l
     rounded.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     listed = [{"name": module.name, "sha256": module.content_hash} for module in modules]
-    (out / "modules.json").write_text(json.dumps({"trained_on": listed}, indent=1) + "\n")
+    (out / "trained_on.json").write_text(json.dumps({"trained_on": listed}, indent=1) + "\n")
 
 
 def run_rank(rank: int, world: int, port: int, recipe: TargetRecipe, out: Path) -> None:

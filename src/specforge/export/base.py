@@ -7,7 +7,7 @@ W draft vocabulary, d head size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,10 +15,23 @@ import torch
 from torch import Tensor
 
 from specforge.algorithms.draft_config import DraftConfig
+from specforge.algorithms.parts.vocabulary import vocabulary_maps
 from specforge.errors import DraftError
 
 Shapes = dict[str, tuple[int, ...]]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class DraftOrigin:
+    """What a layout knows besides the draft config: the options of the training, and the target by name and class.
+
+    ``target_name`` is the last part of the target's directory, never a path.
+    """
+
+    options: Mapping[str, Any]
+    target_name: str
+    target_architecture: str
 
 
 class Layout(ABC):
@@ -27,7 +40,7 @@ class Layout(ABC):
     serving: ClassVar[str]
 
     @abstractmethod
-    def config(self, algorithm: str, config: Any) -> dict[str, Any]:
+    def config(self, config: Any, origin: DraftOrigin) -> dict[str, Any]:
         """The reader's keys of ``config.json``, without the number format.
 
         Raises :class:`DraftError` for the first option of the draft that the reader has no counterpart for.
@@ -35,28 +48,59 @@ class Layout(ABC):
 
     @abstractmethod
     def shapes(self, config: Any) -> Shapes | None:
-        """Shape of every tensor by the reader's name; ``None``: whatever the draft has."""
+        """Shape of every tensor of the draft, by its own name; ``None``: whatever the draft has."""
 
-    def encode(self, state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """The draft's ``served_state()`` as the reader wants it."""
+    def rename(self, name: str, config: Any) -> str | None:
+        """The reader's name of a tensor; ``None``: the reader wants none of it."""
+        del config
+        return name
+
+    def reorder(self, state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """``state``, under the draft's own names, with rows in the reader's order."""
         del config
         return dict(state)
 
-    def decode(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """The inverse of :meth:`encode`."""
+    def restore(self, state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The inverse of :meth:`reorder`."""
         del config
-        return dict(tensors)
+        return dict(state)
+
+    def encode(self, state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The draft's ``served_state()`` as the reader wants it."""
+        names = {name: self.rename(name, config) for name in state}
+        return {new: tensor for old, tensor in self.reorder(state, config).items() if (new := names[old]) is not None}
+
+    def decode(self, tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """The inverse of :meth:`encode`, of tensors that :func:`check_tensors` accepted."""
+        shapes = self.shapes(config)
+        if shapes is None:
+            return dict(tensors)
+        state = {old: tensors[new] for old in shapes if (new := self.rename(old, config)) is not None}
+        return self.restore(state | full_vocabulary(set(shapes) - set(state), config), config)
+
+    def written_shapes(self, config: Any) -> Shapes | None:
+        """Shape of every tensor in the file, by the reader's name."""
+        shapes = self.shapes(config)
+        if shapes is None:
+            return None
+        return {new: shape for old, shape in shapes.items() if (new := self.rename(old, config)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class ExportFormat:
-    """A format by name. ``any_other`` writes drafts of the algorithms that ``layouts`` does not name."""
+    """A format by name. ``any_other`` writes drafts of the algorithms that ``layouts`` does not name.
+
+    ``understood`` reads facts about a draft out of its ``config.json`` as the reader does (:mod:`.reading`).
+    ``refusals`` say why the reader serves no drafts of an algorithm, and what does.
+    """
 
     name: str
     title: str
     dtype: str
     layouts: Mapping[str, Layout] = field(repr=False)
+    understood: Callable[[str, Mapping[str, Any]], dict[str, Any]] = field(repr=False)
     any_other: Layout | None = None
+    refusals: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def writes(self, algorithm: str) -> bool:
         return algorithm in self.layouts or self.any_other is not None
@@ -65,9 +109,10 @@ class ExportFormat:
         """How drafts of ``algorithm`` are written; a pair that nobody can read is a :class:`DraftError`."""
         found = self.layouts.get(algorithm, self.any_other)
         if found is None:
+            reason = f" ({self.refusals[algorithm]})" if algorithm in self.refusals else ""
             raise DraftError(
-                f"{self.title} serves no {algorithm} drafts; --to {self.name} writes {', '.join(self.layouts)}; "
-                f"write this one with --to hf"
+                f"{self.title} serves no {algorithm} drafts{reason}; --to {self.name} writes "
+                f"{', '.join(self.layouts)}; write this one with --to hf"
             )
         return found
 
@@ -110,6 +155,18 @@ def mlp_shapes(config: DraftConfig) -> Shapes:
 
 def vocabulary_shapes(config: DraftConfig) -> Shapes:
     return {"d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,)}
+
+
+def is_pruned(config: DraftConfig) -> bool:
+    return config.draft_vocab_size != config.vocab_size
+
+
+def full_vocabulary(missing: set[str], config: DraftConfig) -> dict[str, Tensor]:
+    """The maps of a draft that keeps the whole vocabulary, which no engine needs; empty where none is ``missing``."""
+    if not missing:
+        return {}
+    d2t, t2d = vocabulary_maps(torch.arange(config.vocab_size), config.vocab_size)
+    return {"d2t": d2t, "t2d": t2d}
 
 
 def check_tensors(tensors: Mapping[str, Tensor], shapes: Shapes | None, dtype: torch.dtype | None) -> None:

@@ -14,7 +14,7 @@ from specforge.algorithms.domino.config import DominoDraftConfig
 from specforge.algorithms.dspark.config import DSparkDraftConfig
 from specforge.algorithms.parts.block_config import BlockDraftConfig
 from specforge.errors import DraftError
-from specforge.export.base import Layout, Shapes, mlp_shapes, size_keys
+from specforge.export.base import DraftOrigin, Layout, Shapes, mlp_shapes, size_keys
 
 _SERVING = """\
 ```
@@ -30,8 +30,8 @@ class DFlashLayout(Layout):
 
     serving = _SERVING.format(algorithm="DFLASH")
 
-    def config(self, algorithm: str, config: BlockDraftConfig) -> dict[str, Any]:
-        del algorithm
+    def config(self, config: BlockDraftConfig, origin: DraftOrigin) -> dict[str, Any]:
+        del origin
         if config.draft_vocab_size != config.vocab_size:
             raise DraftError(
                 f"the draft has a vocabulary of {config.draft_vocab_size} of {config.vocab_size} tokens, but SGLang "
@@ -40,7 +40,7 @@ class DFlashLayout(Layout):
         return _backbone_config(config)
 
     def shapes(self, config: BlockDraftConfig) -> Shapes:
-        return _backbone_shapes(config)
+        return backbone_shapes(config)
 
 
 class DominoLayout(DFlashLayout):
@@ -48,7 +48,7 @@ class DominoLayout(DFlashLayout):
 
     serving = _SERVING.format(algorithm="DFLASH") + "\n\nSGLang serves Domino in bfloat16 on CUDA; vLLM does not."
 
-    def config(self, algorithm: str, config: BlockDraftConfig) -> dict[str, Any]:
+    def config(self, config: BlockDraftConfig, origin: DraftOrigin) -> dict[str, Any]:
         assert isinstance(config, DominoDraftConfig)
         if not config.shift_label or config.pure_draft_prefix_len != 1:
             raise DraftError(
@@ -58,13 +58,13 @@ class DominoLayout(DFlashLayout):
             )
         sizes = {"emb_dim": config.emb_dim, "gru_hidden_dim": config.gru_hidden_dim}
         own = {"projector_type": "domino", "shift_label": True, "pure_draft_prefix_len": 1, **sizes}
-        served = super().config(algorithm, config)
+        served = super().config(config, origin)
         return served | sizes | {"dflash_config": served["dflash_config"] | own}
 
     def shapes(self, config: BlockDraftConfig) -> Shapes:
         assert isinstance(config, DominoDraftConfig)
         hidden, state = config.hidden_size, config.gru_hidden_dim
-        return _backbone_shapes(config) | {
+        return backbone_shapes(config) | {
             "prefix_gru.weight_ih_l0": (3 * state, hidden),
             "prefix_gru.weight_hh_l0": (3 * state, state),
             "embed_proj.0.weight": (config.emb_dim, hidden + state),
@@ -77,7 +77,7 @@ class DSparkLayout(DFlashLayout):
 
     serving = _SERVING.format(algorithm="DSPARK")
 
-    def config(self, algorithm: str, config: BlockDraftConfig) -> dict[str, Any]:
+    def config(self, config: BlockDraftConfig, origin: DraftOrigin) -> dict[str, Any]:
         assert isinstance(config, DSparkDraftConfig)
         own = {
             "markov_rank": config.markov_rank,
@@ -85,7 +85,7 @@ class DSparkLayout(DFlashLayout):
             "enable_confidence_head": config.enable_confidence_head,
             "confidence_head_with_markov": config.confidence_head_with_markov,
         }
-        served = super().config(algorithm, config)
+        served = super().config(config, origin)
         nested = served["dflash_config"]
         # the same keys at the top, where vLLM's class reads them
         top = {name: nested[name] for name in ("mask_token_id", "target_layer_ids")} | own
@@ -94,20 +94,25 @@ class DSparkLayout(DFlashLayout):
 
     def shapes(self, config: BlockDraftConfig) -> Shapes:
         assert isinstance(config, DSparkDraftConfig)
-        hidden, rank = config.hidden_size, config.markov_rank
-        shapes = _backbone_shapes(config)
-        if rank:
-            shapes |= {f"markov_head.markov_w{i}.weight": (config.vocab_size, rank) for i in (1, 2)}
-            gates: dict[str, Shapes] = {
-                "vanilla": {},
-                "gated": {"gate_proj.weight": (rank, hidden + rank), "gate_proj.bias": (rank,)},
-                "rnn": {"joint_proj.weight": (3 * rank, 2 * rank + hidden), "joint_proj.bias": (3 * rank,)},
-            }
-            shapes |= {f"markov_head.{name}": shape for name, shape in gates[config.markov_head_type].items()}
-        if config.enable_confidence_head:
-            width = hidden + (rank if config.confidence_head_with_markov else 0)
-            shapes |= {"confidence_head.proj.weight": (1, width), "confidence_head.proj.bias": (1,)}
-        return shapes
+        return dspark_shapes(config)
+
+
+def dspark_shapes(config: DSparkDraftConfig) -> Shapes:
+    """Shapes of a DSpark draft's tensors."""
+    hidden, rank = config.hidden_size, config.markov_rank
+    shapes = backbone_shapes(config)
+    if rank:
+        shapes |= {f"markov_head.markov_w{i}.weight": (config.vocab_size, rank) for i in (1, 2)}
+        gates: dict[str, Shapes] = {
+            "vanilla": {},
+            "gated": {"gate_proj.weight": (rank, hidden + rank), "gate_proj.bias": (rank,)},
+            "rnn": {"joint_proj.weight": (3 * rank, 2 * rank + hidden), "joint_proj.bias": (3 * rank,)},
+        }
+        shapes |= {f"markov_head.{name}": shape for name, shape in gates[config.markov_head_type].items()}
+    if config.enable_confidence_head:
+        width = hidden + (rank if config.confidence_head_with_markov else 0)
+        shapes |= {"confidence_head.proj.weight": (1, width), "confidence_head.proj.bias": (1,)}
+    return shapes
 
 
 def _backbone_config(config: BlockDraftConfig) -> dict[str, Any]:
@@ -129,7 +134,8 @@ def _backbone_config(config: BlockDraftConfig) -> dict[str, Any]:
     }
 
 
-def _backbone_shapes(config: BlockDraftConfig) -> Shapes:
+def backbone_shapes(config: BlockDraftConfig) -> Shapes:
+    """Shapes of the tensors that all block drafts have."""
     hidden = config.hidden_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer: Shapes = {

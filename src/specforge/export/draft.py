@@ -19,12 +19,14 @@ from specforge.algorithms.draft_config import DraftConfig
 from specforge.contracts.capture import TargetInfo
 from specforge.errors import ConfigError, DraftError
 from specforge.export.artifact import CONFIG, PROVENANCE_KEY, read_artifact, write_artifact
-from specforge.export.base import DTYPES, ExportFormat, check_tensors, tensor_dtype
+from specforge.export.base import DTYPES, DraftOrigin, ExportFormat, check_tensors, tensor_dtype
 from specforge.export.huggingface import HUGGINGFACE
 from specforge.export.model_card import model_card
+from specforge.export.provenance import TrainingRecord
 from specforge.export.sglang import SGLANG
+from specforge.export.vllm import VLLM
 
-FORMATS: dict[str, ExportFormat] = {to.name: to for to in (SGLANG, HUGGINGFACE)}
+FORMATS: dict[str, ExportFormat] = {to.name: to for to in (SGLANG, VLLM, HUGGINGFACE)}
 
 _NUM_CHECK_ROWS = 12
 _NUM_CHECK_PROPOSALS = 4
@@ -94,19 +96,25 @@ class ReloadCheck:
 
 
 def write_export(
-    trained: TrainedDraft, target: TargetInfo, to: ExportFormat, out: Path, dtype: str | None = None
+    trained: TrainedDraft,
+    target: TargetInfo,
+    to: ExportFormat,
+    out: Path,
+    dtype: str | None = None,
+    training: TrainingRecord | None = None,
 ) -> ExportReport:
     """Write ``trained`` to the directory ``out``, whole or not at all; an older export is replaced.
 
-    Raises :class:`DraftError` for what the format's reader would not serve, and for an ``out`` with anything else.
+    ``training`` goes into the model card. Raises :class:`DraftError` for what the format's reader would not serve, and
+    for an ``out`` with anything else.
     """
     name, chosen = trained.options["name"], dtype or to.dtype
     if chosen not in DTYPES:
         raise DraftError(f"cannot export weights as {chosen!r}; choose one of {', '.join(DTYPES)}")
     layout, config = to.layout(name), trained.config
-    served = layout.config(name, config)
-    shapes = layout.shapes(config)
-    check_tensors(trained.state, shapes, None)
+    origin = DraftOrigin(trained.options, Path(target.path).name, target.architecture)
+    served = layout.config(config, origin)
+    check_tensors(trained.state, layout.shapes(config), None)
     tensors = {
         key: tensor.to(tensor_dtype(key, tensor, DTYPES[chosen]), copy=True)
         for key, tensor in layout.encode(trained.state, config).items()
@@ -118,12 +126,13 @@ def write_export(
         "options": trained.options,
         "draft_config": config.to_dict(),
         "capture_dtype": trained.capture_dtype,
-        "target_name": Path(target.path).name,
-        "target_architecture": target.architecture,
+        "target_name": origin.target_name,
+        "target_architecture": origin.target_architecture,
         "target_revision": trained.target_revision,
+        "training": None if training is None else training.to_dict(),
     }
     served |= {"dtype": chosen, "torch_dtype": chosen, PROVENANCE_KEY: provenance}
-    card = model_card(name, config, target, layout, chosen)
+    card = model_card(name, config, target, layout, chosen, training)
     num_bytes = write_artifact(out, served, tensors, card)
     return ExportReport(out, len(tensors), num_bytes, chosen)
 
@@ -139,7 +148,9 @@ def read_export(directory: Path) -> TrainedDraft:
     provenance = served.get(PROVENANCE_KEY)
     if not isinstance(provenance, dict):
         raise DraftError(f"{source} lacks {PROVENANCE_KEY!r}; give a directory that specforge export wrote")
-    needed = ("format", "options", "draft_config", "capture_dtype", "target_revision")
+    needed = (
+        "format", "options", "draft_config", "capture_dtype", "target_name", "target_architecture", "target_revision",
+    )  # fmt: skip
     if missing := [key for key in needed if key not in provenance]:
         raise DraftError(f"{source} lacks {PROVENANCE_KEY}.{missing[0]}; export the draft again")
     to = FORMATS.get(str(provenance["format"]))
@@ -151,11 +162,13 @@ def read_export(directory: Path) -> TrainedDraft:
         raise DraftError(f"{source}: its algorithm cannot be read ({str(error).splitlines()[0]})") from None
     config = algorithm_type(options.name).config_type.from_dict(provenance["draft_config"])
     layout = to.layout(options.name)
-    _check_config(source, served, layout.config(options.name, config))
+    origin = DraftOrigin(provenance["options"], provenance["target_name"], provenance["target_architecture"])
+    _check_config(source, served, layout.config(config, origin))
+    _check_understood(source, to, to.understood(options.name, served), config)
     dtype = DTYPES.get(str(served.get("dtype")))
     if dtype is None:
         raise DraftError(f"{source}: expected dtype to be one of {', '.join(DTYPES)}; export again")
-    check_tensors(artifact.tensors, layout.shapes(config), dtype)
+    check_tensors(artifact.tensors, layout.written_shapes(config), dtype)
     state = layout.decode(artifact.tensors, config)
     return TrainedDraft(
         provenance["options"], config, state, provenance["capture_dtype"], provenance["target_revision"]
@@ -170,6 +183,16 @@ def _check_config(source: Path, served: Mapping[str, Any], expected: Mapping[str
             raise DraftError(
                 f"{source} says {key} = {served[key]!r}, expected {value!r} by the draft config that it records; "
                 "export the draft again"
+            )
+
+
+def _check_understood(source: Path, to: ExportFormat, facts: Mapping[str, Any], config: DraftConfig) -> None:
+    """What the reader understands must be the draft, whoever wrote the keys."""
+    for name, value in config.to_dict().items():
+        if name in facts and facts[name] != value:
+            raise DraftError(
+                f"{source}: {to.title} would take the draft's {name} for {facts[name]!r}, but it is {value!r}; "
+                "export the draft again, and if that gives the same, report it"
             )
 
 

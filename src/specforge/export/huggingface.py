@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from specforge.algorithms.draft_config import DraftConfig
-from specforge.export.base import ExportFormat, Layout, rope_keys
+from specforge.export.base import DraftOrigin, ExportFormat, Layout, rope_keys
+from specforge.export.reading import read_plain
 
 
 class PlainLayout(Layout):
@@ -22,10 +23,10 @@ specforge eval --target TARGET --draft THIS_DIRECTORY --prompts PROMPTS.jsonl
 No serving engine is promised to load this layout. Layer ids in `aux_layers` say "output of layer i", 0-based; where
 there is a `d2t`, it holds offsets: target id = draft id + d2t[draft id]."""
 
-    def config(self, algorithm: str, config: DraftConfig) -> dict[str, Any]:
+    def config(self, config: DraftConfig, origin: DraftOrigin) -> dict[str, Any]:
         return {
             "architectures": [f"SpecForge{type(config).__name__.removesuffix('Config')}"],
-            "model_type": f"specforge_{algorithm}",
+            "model_type": f"specforge_{origin.options['name']}",
             **config.to_dict(),
             **rope_keys(config),
         }
@@ -34,4 +35,6 @@ there is a `d2t`, it holds offsets: target id = draft id + d2t[draft id]."""
         del config
 
 
-HUGGINGFACE = ExportFormat(name="hf", title="Hugging Face", dtype="float32", layouts={}, any_other=PlainLayout())
+HUGGINGFACE = ExportFormat(
+    name="hf", title="Hugging Face", dtype="float32", layouts={}, understood=read_plain, any_other=PlainLayout()
+)

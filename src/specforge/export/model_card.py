@@ -1,15 +1,17 @@
-"""The README.md of an exported draft: what it is, what it belongs to, how it is served."""
+"""The README.md of an exported draft: what it is, what it belongs to, how it was trained, how it is served."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from specforge import __version__
 from specforge.algorithms.draft_config import DraftConfig
 from specforge.contracts.capture import TargetInfo
 from specforge.export.base import Layout
+from specforge.export.provenance import TrainingRecord
 
 _CARD = """\
 # {algorithm} draft for {name}
@@ -20,14 +22,30 @@ Use it with exactly the target below; with another one it loads, but is hardly e
 | | |
 |---|---|
 {rows}
-
+{training}
 ## Serving
 
 {serving}
 """
 
 
-def model_card(algorithm: str, config: DraftConfig, target: TargetInfo, layout: Layout, dtype: str) -> str:
+_TRAINING = """
+## Training
+
+| | |
+|---|---|
+{rows}
+"""
+
+
+def model_card(
+    algorithm: str,
+    config: DraftConfig,
+    target: TargetInfo,
+    layout: Layout,
+    dtype: str,
+    training: TrainingRecord | None = None,
+) -> str:
     """Markdown. Names the target by its directory's last part, never by a path of this machine."""
     name = Path(target.path).name
     rows = {
@@ -49,9 +67,14 @@ def model_card(algorithm: str, config: DraftConfig, target: TargetInfo, layout: 
     return _CARD.format(
         algorithm=algorithm,
         name=name,
-        rows="\n".join(f"| {title} | {value} |" for title, value in rows.items()),
+        rows=_table(rows),
+        training="" if training is None else _TRAINING.format(rows=_table(training.rows())),
         serving=layout.serving,
     )
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(f"| {title} | {value} |" for title, value in rows.items())
 
 
 def _variant(config: DraftConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from specforge.export.base import ExportFormat
 from specforge.export.blocks import DFlashLayout, DominoLayout, DSparkLayout
 from specforge.export.eagle import Eagle3Layout, PEagleLayout
+from specforge.export.reading import read_sglang
 
 SGLANG = ExportFormat(
     name="sglang",
@@ -17,4 +18,5 @@ SGLANG = ExportFormat(
         "domino": DominoLayout(),
         "dspark": DSparkLayout(),
     },
+    understood=read_sglang,
 )

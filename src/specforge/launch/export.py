@@ -10,34 +10,41 @@ from specforge.contracts.capture import TargetInfo
 from specforge.contracts.codec import from_json
 from specforge.errors import DraftError
 from specforge.export.draft import FORMATS, verify_export, write_export
+from specforge.export.provenance import TrainingRecord, measured_in
 from specforge.inference.target import read_target_info
 from specforge.launch.drafts import check_fits, find_checkpoint, read_draft
 from specforge.training.checkpoint import read_state
 
 
-def export_draft(checkpoint: Path, to: str, out: Path, dtype: str | None = None) -> dict[str, Any]:
+def export_draft(
+    checkpoint: Path, to: str, out: Path, dtype: str | None = None, report: Path | None = None
+) -> dict[str, Any]:
     """Export the draft in ``checkpoint`` (a checkpoint or a run) to ``out``; what was written, as JSON data.
 
     Reads the target that the draft was trained on, where the checkpoint says it is, for the comparison of logits.
-    ``dtype`` ``None`` is the format's own.
+    ``dtype`` ``None`` is the format's own. ``report`` is a file with the output of ``specforge eval --json``: the model
+    card takes the accepted length from it.
     """
     if to not in FORMATS:
         raise DraftError(f"cannot export to {to!r}; the formats are: {', '.join(FORMATS)}")
     path = find_checkpoint(checkpoint)
-    recorded = from_json(TargetInfo, read_state(path).provenance.target)
+    state = read_state(path)
+    recorded = from_json(TargetInfo, state.provenance.target)
+    measured = None if report is None else measured_in(report)
+    training = TrainingRecord.of(state.position.step, state.provenance.identity, measured)
     target = read_target_info(recorded.path)
     trained = read_draft(path)
     check_fits(path, trained.config, target, trained.target_revision)
-    report = write_export(trained, target, FORMATS[to], out, dtype)
+    written = write_export(trained, target, FORMATS[to], out, dtype, training)
     tables = load_target_tables(target.path)
     check = verify_export(out, trained.build(tables), tables)
     return {
-        "path": str(report.path),
+        "path": str(written.path),
         "format": to,
         "algorithm": trained.options["name"],
-        "dtype": report.dtype,
-        "num_tensors": report.num_tensors,
-        "num_bytes": report.num_bytes,
+        "dtype": written.dtype,
+        "num_tensors": written.num_tensors,
+        "num_bytes": written.num_bytes,
         "reload_difference_to_rounded": check.difference_to_rounded,
         "reload_difference_to_original": check.difference_to_original,
     }
