@@ -7,5 +7,6 @@
                       and ``arena_collector`` for what dead writers left
 * ``tensors``         specs of tensors, tensors over a buffer; ``tombstones``: what was aborted
 * ``packing``         which samples share a micro-batch
+* ``assembly``        features of single samples to a packed ``TrainBatch``
 * ``loader``          ``FeatureDataLoader``: refs + store -> ``TrainBatch``; ``prefetch`` runs it ahead
 """

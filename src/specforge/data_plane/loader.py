@@ -9,18 +9,11 @@ from typing import Protocol
 import torch
 
 from specforge.contracts.batches import StepBatches, TrainBatch
-from specforge.contracts.capture import FLOAT8, SCALE_SUFFIX
-from specforge.contracts.refs import SampleRef, SlotRef
+from specforge.contracts.refs import SlotRef
+from specforge.data_plane.assembly import FeatureWidths, assemble, feature_widths
 from specforge.data_plane.base import FeatureStore
-from specforge.data_plane.encoding import DECODED, decode
 from specforge.data_plane.packing import plan_rank
-from specforge.data_plane.tensors import DTYPES
 from specforge.errors import ContractError, FeatureNotFound
-
-IDS_FEATURE = "input_ids"
-
-FeatureWidths = dict[str, tuple[str, int]]
-"""name -> (dtype, D) of every feature besides the token ids, as stored."""
 
 
 def step_bytes(step: StepBatches[torch.Tensor]) -> int:
@@ -151,13 +144,13 @@ class FeatureDataLoader:
 
     def _check_window(self, window: Sequence[SlotRef]) -> FeatureWidths:
         """Features of the window's samples, which must all be alike."""
-        widths = _feature_widths(window[0].ref)
+        widths = feature_widths(window[0].ref)
         for item in window:
             ref = item.ref
             for what, expected, got in (
                 ("capture fingerprint", self._settings.capture_fingerprint, ref.capture_fingerprint),
                 ("target revision", self._settings.target_revision, ref.target_revision),
-                ("set of features (dtype, width)", widths, _feature_widths(ref)),
+                ("set of features (dtype, width)", widths, feature_widths(ref)),
             ):
                 if expected is not None and got != expected:
                     raise ContractError(
@@ -181,107 +174,6 @@ class FeatureDataLoader:
                 "its sample must be captured again"
             ) from error
         try:
-            return self._assemble(items, [tensors for tensors, _ in lent], widths)
+            return assemble(items, [tensors for tensors, _ in lent], widths, self._device)
         finally:
             self._store.release([handle for _, handle in lent])
-
-    def _assemble(
-        self, items: Sequence[SlotRef], samples: Sequence[dict[str, torch.Tensor]], widths: FeatureWidths
-    ) -> TrainBatch[torch.Tensor]:
-        lengths = tuple(item.ref.num_tokens for item in items)
-        loss_mask = self._staging(torch.bool, sum(lengths)).zero_()
-        position_ids, document_ids = (self._staging(torch.int64, sum(lengths)) for _ in range(2))
-        start = 0
-        for document, item in enumerate(items):
-            end = start + lengths[document]
-            torch.arange(lengths[document], out=position_ids[start:end])
-            document_ids[start:end] = document
-            for first, last in item.ref.loss_spans:
-                loss_mask[start + first : start + last] = True
-            start = end
-        features = {}
-        for name, (dtype, width) in _without_scales(widths).items():
-            staged = self._staging(DTYPES[DECODED if dtype == FLOAT8 else dtype], sum(lengths), width)
-            fill = _decode_into if dtype == FLOAT8 else _fill
-            features[name] = self._moved(fill(staged, samples, name))
-        ids = _fill(self._staging(torch.int64, sum(lengths)), samples, IDS_FEATURE)
-        return TrainBatch(
-            input_ids=self._moved(ids),
-            loss_mask=self._moved(loss_mask),
-            position_ids=self._moved(position_ids),
-            document_ids=self._moved(document_ids),
-            features=features,
-            lengths=lengths,
-            sample_ids=tuple(item.ref.sample_id for item in items),
-            slots=tuple(item.slot for item in items),
-        )
-
-    def _staging(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """An empty host tensor; pinned where it goes on to a GPU, so that the copy there can overlap.
-
-        It may be dropped while that copy runs: PyTorch's host allocator gives pinned memory out again only after the
-        copies from it that were under way.
-        """
-        return torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
-
-    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On the device. The copy is on the stream that computes (each thread's default one), hence before its use."""
-        return tensor.to(self._device, non_blocking=True)
-
-
-def _feature_widths(ref: SampleRef) -> FeatureWidths:
-    """Checks the specs of ``ref`` against its token count and spans, and float8 features against their scales."""
-    specs = {spec.name: spec for spec in ref.features}
-    ids = specs.pop(IDS_FEATURE, None)
-    if ids is None or (ids.dtype, ids.shape) != ("int32", (ref.num_tokens,)):
-        raise ContractError(
-            f"sample {ref.sample_id!r}: expected the feature {IDS_FEATURE!r} as int32 [{ref.num_tokens}], got {ids}"
-        )
-    for spec in specs.values():
-        if len(spec.shape) != 2 or spec.shape[0] != ref.num_tokens:
-            raise ContractError(
-                f"sample {ref.sample_id!r}: feature {spec.name!r} must be [{ref.num_tokens} tokens, width], "
-                f"got {list(spec.shape)}"
-            )
-    position = 0
-    for start, end in ref.loss_spans:
-        if not position <= start <= end <= ref.num_tokens:
-            raise ContractError(
-                f"sample {ref.sample_id!r}: loss spans must ascend inside [0, {ref.num_tokens}), got {ref.loss_spans}"
-            )
-        position = end
-    widths = {spec.name: (spec.dtype, spec.shape[1]) for spec in specs.values()}
-    for name, (dtype, width) in widths.items():
-        if dtype == FLOAT8:
-            scales = widths.get(name + SCALE_SUFFIX)
-            if scales is None or scales[0] != "float32" or not scales[1] or width % scales[1]:
-                raise ContractError(
-                    f"sample {ref.sample_id!r}: feature {name!r} is {FLOAT8} [tokens, {width}] and needs the feature "
-                    f"{name + SCALE_SUFFIX!r} as float32 [tokens, a divisor of {width}], got {scales}"
-                )
-    return widths
-
-
-def _without_scales(widths: FeatureWidths) -> FeatureWidths:
-    scales = {name + SCALE_SUFFIX for name, (dtype, _) in widths.items() if dtype == FLOAT8}
-    return {name: width for name, width in widths.items() if name not in scales}
-
-
-def _fill(target: torch.Tensor, samples: Sequence[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
-    """Copy the feature ``name`` of ``samples`` into ``target`` one after the other (casting to its dtype)."""
-    start = 0
-    for sample in samples:
-        end = start + len(sample[name])
-        target[start:end].copy_(sample[name])
-        start = end
-    return target
-
-
-def _decode_into(target: torch.Tensor, samples: Sequence[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
-    """The same for a float8 feature."""
-    start = 0
-    for sample in samples:
-        end = start + len(sample[name])
-        decode(sample[name], sample[name + SCALE_SUFFIX], target[start:end])
-        start = end
-    return target
