@@ -3,105 +3,104 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
+from specforge.cli import evaluate_options as options
+from specforge.cli.evaluate_table import print_evaluation
 from specforge.cli.options import existing_file
-from specforge.cli.output import AsJson, named, print_json, print_table
+from specforge.cli.output import AsJson, print_json
 from specforge.config.load import section_from
 from specforge.errors import UserError
 from specforge.evaluation.config import EvaluationConfig
 from specforge.inference.config import TargetConfig
 
-DEFAULTS = EvaluationConfig()
-NAMES = {
-    "accepted_length_mean": "accepted length (tokens a round)",
-    "acceptance_per_position": "acceptance by position",
-    "num_rounds": "rounds",
-    "lossless": "lossless",
-    "num_prompts_compared": "prompts compared",
-    "num_tokens_compared": "tokens compared",
-    "num_mismatches": "mismatches",
-    "num_near_ties": "near-ties",
-    "tokens_per_second_speculative": "tokens per second, speculative",
-    "tokens_per_second_plain": "tokens per second, plain",
-    "speed_up": "speed-up",
-    "distinct_4grams": "share of different 4-grams",
-    "target": "target",
-    "draft": "draft",
-}
-"""What a person is shown of an evaluation; ``--json`` has all of it."""
+DEFAULTS = options.DEFAULTS
 
 
 def register(app: typer.Typer) -> None:
     app.command(
         "eval",
         short_help="Measure a draft by real speculative decoding.",
-        epilog="Example: specforge eval --target models/qwen3 --draft runs/chat --prompts held-out.jsonl",
+        epilog="Example: specforge eval --target models/qwen3 --draft runs/chat --prompts mt_bench/question.jsonl "
+        "--batch-size 1,4 --html eval.html",
     )(evaluate)
 
 
 def evaluate(
-    target: Annotated[Path, typer.Option("--target", help="Directory of the target.")],
-    draft: Annotated[Path, typer.Option("--draft", help="A run, a checkpoint or an exported draft.")],
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            "--prompts",
-            help="JSONL file in the formats of training data; what precedes the first answer is the prompt.",
-        ),
-    ],
-    num_prompts: Annotated[int, typer.Option("--num-prompts", min=1, help="How many prompts to decode.")] = 32,
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=1, help="Tokens at the beginning of a plain text that are its prompt.")
-    ] = 64,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Tokens decoded after each prompt.")
-    ] = 64,
-    num_proposals: Annotated[
-        int | None,
-        typer.Option(
-            "--num-proposals",
-            min=1,
-            show_default=str(DEFAULTS.num_proposals),
-            help="Tokens that the draft proposes in a round, without --tree.",
-        ),
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="Sample at this temperature; 0: greedy, checked lossless.")
-    ] = 0.0,
-    top_k: Annotated[
-        int | None,
-        typer.Option("--top-k", min=1, help="With --temperature: sample among so many of the most likely tokens."),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            "--top-p", min=0, max=1, help="With --temperature: sample from the smallest set with this probability."
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed", min=0, show_default=str(DEFAULTS.seed), help="With --temperature: seed of the sampling."
-        ),
-    ] = None,
-    tree: Annotated[
-        str | None,
-        typer.Option(
-            "--tree",
-            metavar="TOP_K,DEPTH,NODES",
-            help="Draft trees: children of a node, levels below the first, nodes with the root; for example 8,5,63.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    target: options.Target,
+    draft: options.Draft,
+    prompts: options.Prompts,
+    num_prompts: options.NumPrompts = DEFAULTS.num_prompts,
+    prompt_tokens: options.PromptTokens = DEFAULTS.prompt_tokens,
+    chat_template: options.ChatTemplate = None,
+    as_text: options.AsText = False,
+    max_new_tokens: options.MaxNewTokens = DEFAULTS.max_new_tokens,
+    batch_size: options.BatchSizes = "1",
+    num_proposals: options.NumProposals = None,
+    temperature: options.Temperature = DEFAULTS.temperature,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = None,
+    tree: options.Tree = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    trust_remote_code: options.TrustRemoteCode = False,
+    html: options.Html = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a draft by real speculative decoding, and check that greedy output is the target's own."""
-    sampling = {"top_k": top_k, "top_p": top_p, "seed": seed}
-    unused = [f"--{name.replace('_', '-')}" for name, value in sampling.items() if value is not None]
-    if unused and not temperature:
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    refuse_what_does_nothing(sampling, tree, num_proposals)
+    template = None if chat_template is None else str(existing_file(chat_template, "--chat-template"))
+    values = {
+        "prompts": [str(existing_file(path, "--prompts")) for path in prompts],
+        "num_prompts": num_prompts,
+        "prompt_tokens": prompt_tokens,
+        "chat_template": template,
+        "as_text": as_text,
+        "max_new_tokens": max_new_tokens,
+        "batch_sizes": batch_sizes(batch_size),
+        "num_proposals": DEFAULTS.num_proposals if num_proposals is None else num_proposals,
+        **sampling,
+        "seed": DEFAULTS.seed if seed is None else seed,
+        "tree": None if tree is None else tree_shape(tree),
+    }
+    target_values = {"path": str(target), "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    decoding = section_from(EvaluationConfig, "evaluation", values, Path.cwd())
+    target_config = section_from(TargetConfig, "target", target_values, Path.cwd())
+    show(measured(target_config, draft, decoding, html), as_json)
+
+
+def measured(target: TargetConfig, draft: Path, decoding: EvaluationConfig, html: Path | None) -> dict[str, Any]:
+    """The report, which is also in the page ``html``; a warning where it has no accepted length."""
+    if html is not None and html.is_dir():
+        raise UserError(f"--html {html} is a directory; give the name of a file")
+    from specforge.launch.evaluate import evaluate_draft
+
+    report = evaluate_draft(target, draft, decoding)
+    if not report["num_rounds"]:
+        typer.echo(f"warning: {no_round_counted(decoding)}", err=True)
+    if html is not None:
+        from specforge.monitor.evaluation import write_evaluation
+
+        write_evaluation(html, report, f"Evaluation of {draft.name}")
+        typer.echo(f"report: {html}", err=True)
+    return report
+
+
+def show(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(report)
+    else:
+        print_evaluation(report)
+
+
+def refuse_what_does_nothing(sampling: dict[str, Any], tree: str | None, num_proposals: int | None) -> None:
+    """A :class:`UserError` for options that contradict each other."""
+    unused = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "seed") if sampling[name] is not None]
+    if unused and not sampling["temperature"]:
         raise UserError(
             f"{' and '.join(unused)} would do nothing, because decoding is greedy without a --temperature above 0; "
             f"add one, or leave out {' and '.join(unused)}"
@@ -110,30 +109,6 @@ def evaluate(
         raise UserError(
             f"--tree {tree} says how many tokens are proposed, and so does --num-proposals {num_proposals}; give one"
         )
-    target_config = section_from(
-        TargetConfig, "target", {"path": str(target), "dtype": "float32", "device": device}, Path.cwd()
-    )
-    values = {
-        "prompts": str(existing_file(prompts, "--prompts")),
-        "num_prompts": num_prompts,
-        "prompt_tokens": prompt_tokens,
-        "max_new_tokens": max_new_tokens,
-        "num_proposals": DEFAULTS.num_proposals if num_proposals is None else num_proposals,
-        "temperature": temperature,
-        **sampling,
-        "seed": DEFAULTS.seed if seed is None else seed,
-        "tree": None if tree is None else tree_shape(tree),
-    }
-    options = section_from(EvaluationConfig, "evaluation", values, Path.cwd())
-    from specforge.launch.evaluate import evaluate_draft
-
-    report = evaluate_draft(target_config, draft, options)
-    if not report["num_rounds"]:
-        typer.echo(f"warning: {no_round_counted(options)}", err=True)
-    if as_json:
-        print_json(report)
-    else:
-        print_table("Evaluation", named(report, NAMES))
 
 
 def no_round_counted(options: EvaluationConfig) -> str:
@@ -156,3 +131,11 @@ def tree_shape(text: str) -> dict[str, int]:
         raise UserError(f"--tree takes three whole numbers, TOP_K,DEPTH,NODES (for example 8,5,63), got {text!r}")
     top_k, depth, num_nodes = map(int, numbers)
     return {"top_k": top_k, "depth": depth, "num_nodes": num_nodes}
+
+
+def batch_sizes(text: str) -> list[int]:
+    """``"1,4,16"`` as numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"--batch-size takes whole numbers from 1 up, as in 1 or 1,4,16, got {text!r}")
+    return [int(part) for part in parts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of a table.")]
+
+
+PLAIN_WIDTH = 200
+"""Columns of text where the output is a file or a pipe."""
 
 
 def print_json(value: Any) -> None:
@@ -27,6 +31,19 @@ def print_table(title: str, rows: Iterable[tuple[str, Any]]) -> None:
     for name, value in rows:
         table.add_row(name, shown(value))
     Console(markup=False, highlight=False, emoji=False).print(table)
+
+
+def print_columns(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table with a header: the first column is of names, the others are of figures. Off a terminal it is not cut."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    for place, name in enumerate(header):
+        table.add_column(name, style="" if place else "bold", justify="right" if place else "left", no_wrap=place > 0)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, PLAIN_WIDTH)
+    console.print(table)
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

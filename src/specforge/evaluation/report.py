@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from specforge.evaluation.statistics import Bootstrap, Interval
+
 
 @dataclass(frozen=True, slots=True)
 class DecodedPrompt:
@@ -44,11 +46,15 @@ class SpeculativeReport:
     * ``lossless``: every prompt's outputs are equal up to excused near-ties; ``None`` when the target did not compute
       in fp32, where differences are reported and not judged, and when tokens were sampled, where nothing is compared
     * ``tokens_per_second_*``: new tokens after the first / decode time (the target's prefill is left out)
+    * ``*_ci95``: 95 % confidence intervals by the bootstrap over prompts (``evaluation/statistics.py``); ``None`` for
+      fewer than two prompts, or where nothing was counted
     * ``distinct_4grams``: distinct / all 4-grams of the plain output, mean over prompts with at least 4 new tokens
     """
 
     accepted_length_mean: float | None
+    accepted_length_ci95: Interval | None
     acceptance_per_position: tuple[float, ...]
+    acceptance_per_position_ci95: tuple[Interval | None, ...]
     num_rounds: int
     lossless: bool | None
     num_prompts_compared: int
@@ -57,6 +63,7 @@ class SpeculativeReport:
     num_near_ties: int
     tokens_per_second_plain: float
     tokens_per_second_speculative: float
+    speed_up_ci95: Interval | None
     distinct_4grams: float
     prompts: tuple[DecodedPrompt, ...]
 
@@ -69,18 +76,29 @@ class SpeculativeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
-        return asdict(self)
+        return asdict(self) | {"speed_up": self.speed_up}
 
 
 def summarise(rows: Sequence[DecodedPrompt], num_proposals: int, judged: bool) -> SpeculativeReport:
     """The report over ``rows``; sums first, ratios last. ``judged`` says whether differences count as losses."""
     rounds = [count for row in rows for count in row.accepted]
     mismatches = sum(row.mismatch is not None and not row.near_tie for row in rows)
+    bootstrap = Bootstrap(len(rows))
+    num_rounds = [len(row.accepted) for row in rows]
+    plain = ([len(row.plain_tokens) - 1 for row in rows], [row.plain_seconds for row in rows])
+    speculative = ([len(row.speculative_tokens) - 1 for row in rows], [row.speculative_seconds for row in rows])
+    reached = [
+        [sum(count > position for count in row.accepted) for row in rows]
+        for position in range(num_proposals if rounds else 0)
+    ]
     return SpeculativeReport(
         accepted_length_mean=1.0 + sum(rounds) / len(rounds) if rounds else None,
-        acceptance_per_position=tuple(
-            sum(count > position for count in rounds) / len(rounds)
-            for position in range(num_proposals if rounds else 0)
+        accepted_length_ci95=bootstrap.interval(
+            [[sum(row.accepted) for row in rows], num_rounds], lambda sums: 1.0 + sums[0] / sums[1]
+        ),
+        acceptance_per_position=tuple(sum(counts) / len(rounds) for counts in reached),
+        acceptance_per_position_ci95=tuple(
+            bootstrap.interval([counts, num_rounds], lambda sums: sums[0] / sums[1]) for counts in reached
         ),
         num_rounds=len(rounds),
         lossless=mismatches == 0 if judged else None,
@@ -88,11 +106,10 @@ def summarise(rows: Sequence[DecodedPrompt], num_proposals: int, judged: bool) -
         num_tokens_compared=sum(row.num_compared_tokens for row in rows),
         num_mismatches=mismatches,
         num_near_ties=sum(row.near_tie for row in rows),
-        tokens_per_second_plain=_rate(
-            sum(len(row.plain_tokens) - 1 for row in rows), sum(row.plain_seconds for row in rows)
-        ),
-        tokens_per_second_speculative=_rate(
-            sum(len(row.speculative_tokens) - 1 for row in rows), sum(row.speculative_seconds for row in rows)
+        tokens_per_second_plain=_rate(sum(plain[0]), sum(plain[1])),
+        tokens_per_second_speculative=_rate(sum(speculative[0]), sum(speculative[1])),
+        speed_up_ci95=bootstrap.interval(
+            [*speculative, *plain], lambda sums: (sums[0] / sums[1]) / (sums[2] / sums[3])
         ),
         distinct_4grams=distinct_ngrams([row.plain_tokens for row in rows], 4),
         prompts=tuple(rows),

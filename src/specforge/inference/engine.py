@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -69,4 +69,47 @@ class TargetSession(Protocol):
 
     def keep(self, rows: Sequence[int]) -> None:
         """Of the tokens of the last forward keep only ``rows`` (ascending indices), a path that follows the cache."""
+        ...
+
+
+class BatchSession(Protocol):
+    """The target decoding several sequences, each with a length of its own. They are numbered from 0.
+
+    ``forward`` and ``admit`` give the rows of all sequences one after the other, R in all.
+    """
+
+    def admit(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Prefill new sequences, numbered behind those there are: fp32 logits [prompts, V] of the token after each, and
+        the features [R, D] of all their positions.
+        """
+        ...
+
+    def forward(
+        self, token_ids: Sequence[Sequence[int]], parents: Sequence[Sequence[int] | None] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Process tokens of every sequence: fp32 logits [R, V] and features [R, D].
+
+        ``parents`` as in :meth:`TargetSession.forward`, for each sequence; ``None`` for a chain.
+        """
+        ...
+
+    def crop(self, sequence: int, num_tokens: int) -> None:
+        """Keep only the first ``num_tokens`` positions of a sequence."""
+        ...
+
+    def keep(self, sequence: int, rows: Sequence[int]) -> None:
+        """Of a sequence's tokens of the last forward keep only ``rows`` (ascending indices), a path."""
+        ...
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence. The last one takes its number."""
+        ...
+
+
+@runtime_checkable
+class DecodesBatches(Protocol):
+    """A target that can decode several sequences in one forward."""
+
+    def batch_session(self, spec: CaptureSpec, num_sequences: int) -> BatchSession:
+        """A new session of at most ``num_sequences`` sequences, without any yet."""
         ...

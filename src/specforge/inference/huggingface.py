@@ -23,11 +23,12 @@ from specforge.contracts.tasks import PromptTask
 from specforge.data_plane.encoding import encoded
 from specforge.data_plane.tensors import Source
 from specforge.errors import DataError, TargetError
-from specforge.inference.cache import GrowingCache
+from specforge.inference.batch import HFBatchSession
+from specforge.inference.cache import BatchCache, GrowingCache
 from specforge.inference.engine import CapturedSample, Generation
 from specforge.inference.layers import EverythingInFloat64, decoder_layers, tapped
 from specforge.inference.target import read_target_info
-from specforge.inference.tree import TreeAttention
+from specforge.inference.tree import BatchAttention, TreeAttention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,7 +74,7 @@ class HFTargetEngine:
                 last = self._backbone(input_ids=input_ids, use_cache=False).last_hidden_state
             tensors: dict[str, Source] = {"input_ids": input_ids[0].to(torch.int32)}
             for name, layers in _features(outputs, last, spec).items():
-                tensors |= encoded(name, layers, spec.dtype)
+                tensors |= encoded(name, [layer[0] for layer in layers], spec.dtype)
             yield CapturedSample(task.sample_id, tensors)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
@@ -114,6 +115,11 @@ class HFTargetEngine:
         self._check_layers(spec)
         return HFTargetSession(self, spec)
 
+    def batch_session(self, spec: CaptureSpec, num_sequences: int) -> HFBatchSession:
+        """A new KV-cache decoding session of up to ``num_sequences`` sequences."""
+        self._check_layers(spec)
+        return HFBatchSession(self, spec, num_sequences)
+
     def reference_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits [V] float64 of the token after ``token_ids``, from a float64 copy of the model.
 
@@ -145,8 +151,27 @@ class HFTargetEngine:
                 use_cache=True,
             ).last_hidden_state
             found = _features(outputs, last, spec)
-            features = {name: torch.cat(it, dim=-1) if len(it) > 1 else it[0] for name, it in found.items()}
+            features = {name: torch.cat(it, dim=-1)[0] if len(it) > 1 else it[0][0] for name, it in found.items()}
             return target_logits(self.tables, last[0]), features
+
+    def forward_batch(
+        self, rows: Sequence[Sequence[int]], cache: BatchCache, attention: BatchAttention, spec: CaptureSpec
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """One forward of n sequences, each padded to m tokens: the last hidden states [n, m, H], and by the name of a
+        feature the layers [n, m, H] that it consists of.
+        """
+        longest = max(map(len, rows))
+        # padding repeats a token of its sequence: nothing sees it, so any valid id serves
+        input_ids = self._ids([[*row, *row[:1] * (longest - len(row))] for row in map(list, rows)])
+        with torch.no_grad(), tapped(self._layers, spec.aux_layers) as outputs:
+            last = self._backbone(
+                input_ids=input_ids,
+                attention_mask=attention.mask(self._backbone.config, self.dtype, self.device),
+                position_ids=attention.positions.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return last, _features(outputs, last, spec)
 
     def _ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
         for row in rows:
@@ -254,8 +279,8 @@ def _tables(model: Any, info: TargetInfo) -> TargetTables:
 
 
 def _features(outputs: dict[int, Tensor], last: Tensor, spec: CaptureSpec) -> dict[str, list[Tensor]]:
-    """Name -> the captured layers [m, H] that it consists of, as they were computed."""
-    features = {"aux": [outputs[layer][0] for layer in spec.aux_layers], "last": [last[0]] if spec.last_hidden else []}
+    """Name -> the captured layers [batch, m, H] that it consists of, as they were computed."""
+    features = {"aux": [outputs[layer] for layer in spec.aux_layers], "last": [last] if spec.last_hidden else []}
     return {name: layers for name, layers in features.items() if layers}
 
 

@@ -1,6 +1,6 @@
-"""Attention of one target forward over a tree of tokens: positions and masks.
+"""Attention of one target forward over trees of tokens, or over sequences of different lengths: positions and masks.
 
-Legend: m tokens of the tree, S positions in the cache.
+Legend: n sequences, m tokens of the tree, or at most of a sequence, S positions in the cache, W slots of a cache.
 """
 
 from __future__ import annotations
@@ -39,25 +39,79 @@ class TreeAttention:
         return cls(num_cached + torch.tensor(depths), torch.cat((cached, related), dim=1))
 
     def mask(self, config: Any, dtype: torch.dtype, device: torch.device) -> Tensor | dict[str, Tensor]:
-        """What a transformers backbone of ``config`` takes as ``attention_mask``: added to scores, [1, 1, m, S + m].
+        """What a transformers backbone of ``config`` takes as ``attention_mask``: added to scores, [1, 1, m, S + m]."""
+        columns = torch.cat((torch.arange(self.visible.shape[1] - self.visible.shape[0]), self.positions))
+        return _masks(config, _Visible(self.visible[None], self.positions[None], columns[None]), dtype, device)
 
-        Where its layers differ, one mask by type of layer. A window counts positions, as it does without a tree.
+
+@dataclass(frozen=True, slots=True)
+class BatchAttention:
+    """Sequences that follow their own parts of a cache, in which position p of a sequence is in slot p.
+
+    ``positions`` int64 [n, m] of the new tokens. ``slots`` int64 [n, m]: where they go in the cache. A sequence with
+    fewer than m tokens is padded: what its last rows see and say means nothing.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    _visible: _Visible
+
+    @classmethod
+    def of(
+        cls, starts: Sequence[int], counts: Sequence[int], parents: Sequence[Sequence[int] | None]
+    ) -> BatchAttention:
+        """``starts`` [n] positions in the cache, ``counts`` [n] new tokens; ``parents`` as in :class:`TreeAttention`
+        for each, ``None`` for a chain.
         """
-        window = getattr(config, "sliding_window", None)
-        types = set(getattr(config, "layer_types", None) or (FULL if window is None else SLIDING,))
-        if unknown := sorted(types - {FULL, SLIDING}):
-            raise TargetError(
-                f"the target has layers of the type {unknown[0]}, which cannot verify a tree of proposals; "
-                "decode with chains (no tree)"
-            )
-        masks = {kind: self._bias(window if kind == SLIDING else None, dtype).to(device) for kind in types}
-        return masks if len(masks) > 1 else masks.popitem()[1]
+        width = max(counts)
+        first = torch.tensor(starts)[:, None]
+        slots = first + torch.arange(width)
+        columns = torch.arange(max(starts) + width).repeat(len(starts), 1)
+        visible = columns[:, None, :] <= slots[:, :, None]
+        # a padding token has a position that the model surely knows
+        positions = torch.where(slots < first + torch.tensor(counts)[:, None], slots, first)
+        for row, (start, tree) in enumerate(zip(starts, parents, strict=True)):
+            if tree is not None:
+                attention, end = TreeAttention.of(tree, start), start + len(tree)
+                positions[row, : len(tree)] = columns[row, start:end] = attention.positions
+                visible[row, : len(tree)] = False
+                visible[row, : len(tree), :end] = attention.visible
+        return cls(positions, slots, _Visible(visible, positions, columns))
 
-    def _bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        num_cached = self.visible.shape[1] - self.visible.shape[0]
-        visible = self.visible
+    @property
+    def num_slots(self) -> int:
+        """W, the slots that the new tokens may see."""
+        return self._visible.rows.shape[2]
+
+    def mask(self, config: Any, dtype: torch.dtype, device: torch.device) -> Tensor | dict[str, Tensor]:
+        """As :meth:`TreeAttention.mask`, [n, 1, m, W]."""
+        return _masks(config, self._visible, dtype, device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Visible:
+    """``rows`` bool [n, m, W]; the positions of the tokens [n, m] and of the slots [n, W]."""
+
+    rows: Tensor
+    positions: Tensor
+    columns: Tensor
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What is added to scores, [n, 1, m, W]. A window counts positions, as it does without a tree."""
+        rows = self.rows
         if window is not None:
-            columns = torch.cat((torch.arange(num_cached), self.positions))
-            visible = visible & (self.positions[:, None] - columns < window)
-        hidden = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-        return hidden[None, None]
+            rows = rows & (self.positions[:, :, None] - self.columns[:, None, :] < window)
+        return torch.zeros(rows.shape, dtype=dtype).masked_fill_(~rows, torch.finfo(dtype).min)[:, None]
+
+
+def _masks(config: Any, visible: _Visible, dtype: torch.dtype, device: torch.device) -> Tensor | dict[str, Tensor]:
+    """One mask; where the layers of ``config`` differ, one by type of layer."""
+    window = getattr(config, "sliding_window", None)
+    types = set(getattr(config, "layer_types", None) or (FULL if window is None else SLIDING,))
+    if unknown := sorted(types - {FULL, SLIDING}):
+        raise TargetError(
+            f"the target has layers of the type {unknown[0]}, which cannot verify a tree of proposals or a batch of "
+            "sequences; decode with chains (no tree) and a batch size of 1"
+        )
+    masks = {kind: visible.bias(window if kind == SLIDING else None, dtype).to(device) for kind in types}
+    return masks if len(masks) > 1 else masks.popitem()[1]

@@ -14,6 +14,8 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 640, 280
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 16, 50
 NUM_COLOURS = 8
+ROW, ROW_LABELS = 26, 150
+"""Height of a row of a chart of rows, and width of its labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,50 @@ def bar_chart(values: Sequence[tuple[str, float]], axes: Axes) -> Markup:
     return _svg(parts, axes.y_label)
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value and its confidence interval (``None``: it has none), under a label."""
+
+    label: str
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+def interval_chart(estimates: Sequence[Estimate], axes: Axes) -> Markup:
+    """A row for every estimate, with a dot and a line over its interval. ``axes``: y is what runs along the rows."""
+    found = [it for it in estimates if math.isfinite(it.value)]
+    if not found:
+        return _empty(axes.y_label)
+    values = [value for it in found for value in (it.value, *(it.interval or ()))]
+    values += [bound for bound in (axes.y_from, axes.y_to) if bound is not None]
+    ticks = nice_ticks(*_spread(min(values), max(values)), 6)
+    height, bottom = ROW * len(found) + TOP + BOTTOM, ROW * len(found) + TOP
+
+    def x(value: float) -> float:
+        return ROW_LABELS + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH - ROW_LABELS - 60)
+
+    parts = []
+    for tick in ticks:
+        line = Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"></line>')
+        text = Markup('<text class="tick middle" x="{:.1f}" y="{}">{}</text>')
+        parts += [line.format(x(tick), TOP, bottom), text.format(x(tick), bottom + 19, number(tick))]
+    for index, it in enumerate(found):
+        y, end = TOP + ROW * (index + 0.5), x(it.value)
+        label = Markup('<text class="tick end" x="{}" y="{:.1f}">{}</text>')
+        parts.append(label.format(ROW_LABELS - 14, y + 5, _shortened(it.label, ROW_LABELS // 9)))
+        if it.interval is not None:
+            low, high = map(x, it.interval)
+            end = max(end, high)
+            path = Markup('<path class="line s0" d="M{0:.1f} {2:.1f}v10m0 -5H{1:.1f}m0 -5v10"></path>')
+            parts.append(path.format(low, high, y - 5))
+        parts.append(Markup('<circle class="bar" cx="{:.1f}" cy="{:.1f}" r="5"></circle>').format(x(it.value), y))
+        text = Markup('<text class="value beside" x="{:.1f}" y="{:.1f}">{:.2f}</text>')
+        parts.append(text.format(end + 12, y + 5, it.value))
+    middle = (ROW_LABELS + WIDTH - 60) / 2
+    parts.append(Markup('<text class="label" x="{}" y="{}">{}</text>').format(middle, height - 7, axes.y_label))
+    return _svg(parts, axes.y_label, height)
+
+
 def share_bar(share: float) -> Markup:
     """A small horizontal bar for a table cell, filled to ``share`` of 0..1."""
     width = 160 * min(1.0, max(0.0, share))
@@ -151,8 +197,12 @@ def _x_tick(frame: _Frame, value: float, text: str) -> Markup:
     return template.format(frame.x(value), HEIGHT - BOTTOM + 19, text)
 
 
-def _svg(parts: Sequence[Markup], name: str) -> Markup:
-    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, name)
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "\u2026"
+
+
+def _svg(parts: Sequence[Markup], name: str, height: int = HEIGHT) -> Markup:
+    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, height, name)
     return head + Markup("").join(parts) + Markup("</svg>")
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from specforge.monitor.charts import Axes, Series, bar_chart, line_chart, number, share_bar
+from specforge.monitor.page import render_page, write_page
 
 MAX_POINTS = 800
 NUM_TABLE_ROWS = 16
@@ -30,8 +27,6 @@ HEADLINE_KEYS = frozenset(
 )
 """Keys of a report that have a place of their own; every other one is a row of the table of figures."""
 
-_DIRECTORY = Path(__file__).parent
-
 
 def write_report(
     path: Path, report: Mapping[str, Any], training_curve: Sequence[Mapping[str, Any]], title: str
@@ -41,25 +36,15 @@ def write_report(
     ``report`` is what ``report.json`` holds (all keys optional; ``configuration`` may be a nested mapping);
     ``training_curve`` has one record a step: ``step``, ``loss``, ``accuracy_0`` .., ``simulated_acc_len``.
     """
-    page = render_report(report, training_curve, title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_page(path, render_report(report, training_curve, title))
 
 
 def render_report(report: Mapping[str, Any], training_curve: Sequence[Mapping[str, Any]], title: str) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(_DIRECTORY), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    style = (_DIRECTORY / "report.css").read_text(encoding="utf-8")
     accuracies = _accuracy_series(training_curve)
-    return environment.get_template("report.html").render(
+    return render_page(
+        "report.html",
         title=title,
-        style=style,
-        # the one style sheet is allowed by its hash; scripts, images and connections are not allowed at all
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         headlines=_headlines(report),
         loss_chart=line_chart(_averaged(training_curve, "loss"), Axes("optimizer step", "training loss")),
         accuracy_chart=line_chart(accuracies, Axes("optimizer step", "accuracy per position", 0.0, 1.0)),

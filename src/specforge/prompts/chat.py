@@ -51,7 +51,7 @@ class ChatEncoder:
         except ValueError:
             raise DataError(
                 "the data holds conversations but the target's tokenizer has no chat template; "
-                "set data.chat_template to a template file (specforge eval reads the one beside the target only), "
+                "set data.chat_template to a template file (specforge eval: --chat-template), "
                 'or give plain {"text": ...} lines'
             ) from None
         if not tokenizer.is_fast:
@@ -73,6 +73,11 @@ class ChatEncoder:
         if last_turn_only:
             spans = spans[-1:]
         return EncodedSample(tuple(ids), tuple(_merged([span for span in spans if span[0] < span[1]])))
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Tokens of the conversation up to where the assistant is to answer."""
+        text = self._render(messages, generation_prompt=True)
+        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _marked_by_template(self, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
         try:

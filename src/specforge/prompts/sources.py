@@ -65,6 +65,11 @@ def parse_line(line: bytes, data_format: str = "auto") -> SourceSample:
 
     Raises :class:`DataError` without the place; the caller knows file and line.
     """
+    return parse_row(parse_object(line), data_format)
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of one line, with any keys."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -84,6 +89,11 @@ def parse_line(line: bytes, data_format: str = "auto") -> SourceSample:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise DataError("a text holds half of a surrogate pair, which is no Unicode character") from None
+    return row
+
+
+def parse_row(row: dict[str, Any], data_format: str = "auto") -> SourceSample:
+    """The sample that an object holds."""
     found = _detected(row) if data_format == "auto" else data_format
     if found == "text":
         return SourceSample(text=_text(row))

@@ -105,7 +105,7 @@ class _Encoder:
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        self._template = None if config.chat_template is None else _template_text(config.chat_template)
+        self._template = None if config.chat_template is None else template_text(config.chat_template)
         self._chat: ChatEncoder | None = None
 
     def encode(self, sample: SourceSample) -> EncodedSample:
@@ -119,11 +119,12 @@ class _Encoder:
         return self._chat.encode(sample.messages, self._config.last_turn_only)
 
 
-def _template_text(path: Path) -> str:
+def template_text(path: Path, option: str = "data.chat_template") -> str:
+    """The chat template in a file, which ``option`` names."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the chat template (data.chat_template) cannot be read: {error}") from None
+        raise DataError(f"{path}: the chat template ({option}) cannot be read: {error}") from None
 
 
 def _truncated(encoded: EncodedSample, max_length: int) -> EncodedSample:

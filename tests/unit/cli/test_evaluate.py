@@ -1,10 +1,17 @@
 """``specforge eval``: options that contradict each other, and a report without an accepted length."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from specforge.cli import main as cli
+from specforge.cli.evaluate import batch_sizes
+from specforge.config.load import run_config_from
+from specforge.errors import UserError
+from specforge.launch.local import train
+
+SAMPLES = Path(__file__).parents[3] / "examples/evaluation"
 
 NOTHING = {"accepted_length_mean": None, "acceptance_per_position": [], "num_rounds": 0, "lossless": True}
 
@@ -61,3 +68,63 @@ def test_an_evaluation_without_a_round_has_no_accepted_length_and_says_so(evalua
     assert err.startswith("warning: ")
     assert advice in err
     assert json.loads(evaluate(*arguments, "--json")[1])["accepted_length_mean"] is None
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,,4", "a", "1.5", "-1"])
+def test_batch_sizes_that_are_none_are_refused(text):
+    assert batch_sizes("1, 4,16") == [1, 4, 16]
+    with pytest.raises(UserError, match="--batch-size takes whole numbers from 1 up"):
+        batch_sizes(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--batch-size", "2,2"], "batch_sizes should differ, got 2, 2"),
+        (["--as-text", "--chat-template", __file__], "as_text is for questions without a chat template"),
+        (["--html", "."], "--html . is a directory"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(evaluate, arguments, sentence):
+    code, out, err = evaluate(*arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err
+
+
+def test_draft_is_measured_on_question_files(tmp_path, tiny_target_dir, capsys):
+    """The verb as it is used: several files, two batch sizes, the page; then the same as JSON."""
+    lines = [json.dumps({"text": f"{i} plus 3 is {i + 3}. " * 6}) for i in range(8)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    config = {
+        "run_dir": "run",
+        "target": {"path": str(tiny_target_dir), "device": "cpu"},
+        "data": {"path": "texts.jsonl"},
+        "algorithm": {"name": "eagle3", "ttt_steps": 2},
+        "training": {"global_batch_size": 4, "num_epochs": 1, "device": "cpu"},
+    }
+    train(run_config_from(config, tmp_path))
+    arguments = ["eval", "--target", str(tiny_target_dir), "--draft", str(tmp_path / "run"), "--device", "cpu"]
+    arguments += ["--prompts", str(SAMPLES / "mt_bench.jsonl"), "--prompts", str(SAMPLES / "gsm8k.jsonl")]
+    arguments += ["--num-prompts", "3", "--max-new-tokens", "12", "--num-proposals", "3", "--batch-size", "1,3"]
+    page = tmp_path / "eval.html"
+    assert left(*arguments, "--html", str(page)) == 0
+    shown = capsys.readouterr().out
+    assert "Batch size 1 " in shown
+    assert "Batch size 3 " in shown
+    assert "gsm8k" in shown
+    assert "total" in shown
+    assert "Batch size 3" in page.read_text()
+    assert left(*arguments, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["lossless"] is True
+    assert found["batch_invariant"] is True
+    assert list(found["by_batch_size"]) == ["1", "3"]
+    assert set(found["by_category"]) == {"writing", "roleplay", "reasoning", "gsm8k"}
+    assert found["num_prompts"] == len(found["prompts"]) == 6
+    assert {"accepted_length_ci95", "speed_up_ci95", "acceptance_per_position", "num_near_ties"} <= set(found)
+
+
+def left(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(list(arguments))
+    return int(exit_.value.code or 0)

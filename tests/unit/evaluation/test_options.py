@@ -1,6 +1,8 @@
 """Options of an evaluation, from the configuration and the command line to the decoder."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +11,13 @@ import torch
 from pydantic import ValidationError
 
 from specforge.cli.evaluate import tree_shape
-from specforge.errors import ConfigError, UserError
+from specforge.config.load import section_from
+from specforge.errors import ConfigError, DataError, UserError
 from specforge.evaluation.config import EvaluationConfig
 from specforge.evaluation.report import SpeculativeReport
 from specforge.inference.huggingface import HFTargetEngine
-from specforge.launch.evaluate import decode, sampling_of
+from specforge.inference.target import load_tokenizer
+from specforge.launch.evaluate import decode, load_prompts, sampling_of
 from specforge.testing.drafting import make_drafting
 
 TREE = {"top_k": 2, "depth": 1, "num_nodes": 6}
@@ -79,6 +83,29 @@ def test_sampling_without_a_temperature_is_refused(sampling: dict[str, Any]):
         EvaluationConfig(**sampling)
     assert EvaluationConfig(temperature=0.1, **sampling)
     assert EvaluationConfig(**EvaluationConfig().model_dump()) == EvaluationConfig()
+
+
+def test_files_of_prompts_are_taken_from_the_folder_of_the_run(tmp_path: Path):
+    for given, expected in (("a.jsonl", ["a.jsonl"]), (["a.jsonl", "b/c.json"], ["a.jsonl", "b/c.json"])):
+        options = section_from(EvaluationConfig, "evaluation", {"prompts": given}, tmp_path)
+        assert options.prompts == tuple(tmp_path / name for name in expected)
+    assert EvaluationConfig(batch_sizes=4).batch_sizes == (4,)
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_left_out(
+    tmp_path: Path, tiny_target_dir: Path, caplog: pytest.LogCaptureFixture
+):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"instruction": "add " * count}) + "\n" for count in (1, 90, 2)))
+    tokenizer = load_tokenizer(tiny_target_dir)
+    options = EvaluationConfig(prompts=file, max_new_tokens=10)
+    longest = max(len(prompt.input_ids) for prompt in load_prompts(options, tokenizer, 10_000))
+    found = load_prompts(options, tokenizer, longest + 9)
+    assert [(prompt.line, prompt.category) for prompt in found] == [(1, "prompts"), (3, "prompts")]
+    assert "1 prompts were left out: with 10 new tokens" in caplog.text
+    assert len(load_prompts(options, tokenizer, longest + 10)) == 3
+    with pytest.raises(DataError, match="no prompt is left, 3 prompts were left out"):
+        load_prompts(options, tokenizer, 12)
 
 
 def test_tree_of_the_command_line():
