@@ -42,10 +42,14 @@ from specforge.data_plane.loader import FeatureDataLoader
 from specforge.data_plane.local import LocalFeatureStore
 from specforge.data_plane.prefetch import PrefetchIterator
 from specforge.demo.corpus import standard_library_modules
-from specforge.launch.compose import loader_settings, make_engine, make_trainable, make_trainer
+from specforge.launch.engines import make_engine
 from specforge.launch.inputs import RunInputs, read_run_inputs
+from specforge.launch.learner import make_checkpointer, make_trainable, make_trainer
+from specforge.launch.runtime import Follower
+from specforge.launch.train_side import loader_settings
 from specforge.monitor.jsonl import read_scalars
 from specforge.training.checkpoint import TrainPosition
+from specforge.training.trainer import Surroundings
 
 TARGET = Path(__file__).parent.parent / "src" / "specforge" / "demo" / "target_model"
 NUM_SAMPLES, MAX_LENGTH, BATCH = 512, 256, 8
@@ -118,15 +122,14 @@ class Preloaded:
         return [SlotRef(Slot(*divmod(n, self._num_samples)), self._refs[n % len(self._refs)]) for n in numbers]
 
 
-class NoLedger:
-    """Nobody is told."""
+class Steps(Follower):
+    """Nobody keeps a ledger or a log; ``heard`` is called with the number of each step."""
 
-    def ack(self, slots: Sequence[Slot], step: int) -> None: ...
+    def __init__(self, heard: Callable[[int], None]) -> None:
+        self._heard = heard
 
-    def checkpoint_state(self) -> dict[str, Any]:
-        return {}
-
-    def checkpointed(self, step: int) -> None: ...
+    def on_step(self, step: int, _scalars: dict[str, float]) -> None:
+        self._heard(step)
 
 
 def train_half(run_yaml: Path, count: Any, stop: Any) -> None:
@@ -135,12 +138,13 @@ def train_half(run_yaml: Path, count: Any, stop: Any) -> None:
     store = LocalFeatureStore()
     refs = list(preload(inputs, config, store))
 
-    def on_step(step: int, _scalars: dict[str, float]) -> None:
+    def heard(step: int) -> None:
         count.value = step * BATCH
         if stop.is_set():
             trainer.request_stop()
 
-    trainer = make_trainer(inputs, make_trainable(inputs), NoLedger(), on_step)
+    around = Surroundings(make_checkpointer(config), Follower(), Steps(heard))
+    trainer = make_trainer(inputs, make_trainable(inputs), around)
     loader = FeatureDataLoader(
         Preloaded(refs, inputs.plan.num_samples), store, loader_settings(inputs, TrainPosition())
     )

@@ -89,7 +89,7 @@ def test_every_algorithm_has_a_demo(tmp_path, undisturbed, algorithm):
     assert report["algorithm"] == algorithm
     assert report["lossless"] is True
     assert (report["num_steps"], report["num_samples_trained"]) == (12, 48)
-    assert report["export"]["format"] == ("hf" if algorithm in {"mtp", "medusa"} else "sglang")
+    assert report["export"]["format"] == {"mtp": "hf", "medusa": "vllm"}.get(algorithm, "sglang")
     assert report["export"]["reload_difference_to_rounded"] == 0.0
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from specforge.config.load import load_run_config
 from specforge.errors import ConfigError
-from specforge.launch import compose
+from specforge.launch import engines
 from specforge.launch.compose import build_disagg_offline_runtime, build_offline_runtime
 from specforge.launch.inputs import read_run_inputs
 from specforge.launch.plan import run_id
@@ -69,7 +69,7 @@ def test_an_offline_run_gives_the_weights_of_the_online_run(tmp_path, tiny_targe
 
 
 def test_an_offline_run_never_loads_the_target(tmp_path, tiny_target_dir, captured, online, monkeypatch):
-    monkeypatch.setattr(compose, "HFTargetEngine", None)
+    monkeypatch.setattr(engines, "HFTargetEngine", None)
     config = load_run_config(offline(runs.write_run(tmp_path, tiny_target_dir), captured))
     assert build_offline_runtime(config).run().draft_weights_sha256 == online
 

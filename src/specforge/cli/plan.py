@@ -13,6 +13,10 @@ from specforge.config.load import load_run_config
 NAMES = {
     "run_dir": "run directory",
     "topology": "topology",
+    "num_train_ranks": "train ranks",
+    "step_samples": "samples of a step on each of them",
+    "ranks_a_sample": "train ranks that share a sample",
+    "ranks_a_copy": "train ranks that share a copy of the training state",
     "num_samples": "samples",
     "total_slots": "samples x epochs",
     "total_steps": "optimizer steps",

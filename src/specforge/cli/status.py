@@ -14,6 +14,7 @@ NAMES = {
     "run_dir": "run directory",
     "running": "running",
     "checkpoints": "checkpoints",
+    "best": "best checkpoint",
     "position.step": "optimizer steps saved",
     "position.num_slots": "samples saved",
     "last_line": "last line of metrics.jsonl",

@@ -36,11 +36,13 @@ def train(
 ) -> None:
     """Train a draft as a run file says."""
     run = load_run_config(config, overrides or [])
-    from specforge.launch.local import train as run_training
+    from specforge.launch import local
 
-    outcome = run_training(run, resume=resume).to_dict()
+    outcome = local.train(run, resume=resume).to_dict()
     found = {"run_dir": str(run.run_dir), **outcome}
-    if as_json:
-        print_json(found)
-    else:
-        print_table("Trained", named(found, NAMES))
+    if local.speaks_for_the_run():
+        if as_json:
+            print_json(found)
+        else:
+            print_table("Trained", named(found, NAMES))
+    local.leave_as_rank()

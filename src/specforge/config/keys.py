@@ -29,7 +29,15 @@ def sections(field: FieldInfo) -> list[type[BaseModel]]:
     return [kind for kind in _leaf_types(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
-def accepts(field: FieldInfo, kind: type) -> bool:
+def item_field(field: FieldInfo) -> FieldInfo | None:
+    """What a list of sections may hold at each place; ``None`` for every other field."""
+    if typing.get_origin(field.annotation) is not tuple:
+        return None
+    item = FieldInfo.from_annotation(typing.get_args(field.annotation)[0])
+    return item if sections(item) else None
+
+
+def accepts(field: FieldInfo, kind: Any) -> bool:
     """Whether ``kind`` is one of the types of a leaf."""
     return kind in _leaf_types(field.annotation)
 
@@ -43,11 +51,13 @@ def all_keys(model: type[BaseModel], prefix: str = "", variant: str = "") -> Ite
     """Every leaf below ``model``, in the order of the file."""
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
-        models = sections(field)
+        item = item_field(field)
+        path, held = (path, field) if item is None else (f"{path}[]", item)
+        models = sections(held)
         if not models:
             yield Key(path, field, variant)
         for option in models:
-            tag = str(field.discriminator) if len(models) > 1 else ""
+            tag = str(held.discriminator) if len(models) > 1 else ""
             choice = f"{tag}: {tag_values(option, tag)[0]}" if tag else variant
             yield from all_keys(option, f"{path}.", choice)
 

@@ -34,10 +34,15 @@ class RestartOptions(BaseModel):
 
 
 class LaunchConfig(BaseModel):
-    """The processes of a disaggregated run."""
+    """The processes of a run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    num_train_ranks: PositiveInt = Field(
+        1,
+        description="Processes that train together on this host; under torchrun its world size is used instead. In a "
+        "colocated run each of them captures too.",
+    )
     num_capture_workers: PositiveInt = Field(
         1, description="Capture processes of a disaggregated run; each loads the target and has an arena of its own."
     )

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from specforge.config.keys import accepts, all_keys, nearest_key, sections, tag_values
+from specforge.config.keys import accepts, all_keys, item_field, nearest_key, sections, tag_values
 from specforge.config.run import RunConfig
 from specforge.config.strict_yaml import parse_yaml, read_mapping
 from specforge.errors import ConfigError
@@ -86,23 +86,41 @@ def _prepared(model: type[BaseModel], content: dict[Any, Any], prefix: str, fold
         field = model.model_fields.get(name) if isinstance(name, str) else None
         if field is None:
             raise ConfigError(_unknown(model, path, prefix))
-        options = sections(field)
-        if options and value is not None:
-            if not isinstance(value, dict):
-                raise ConfigError(f"{path} should be a section of keys, got {_shown(value)}{_first_key(path, field)}")
-            option = _chosen(field, options, value, path)
-            result[name] = _prepared(option, value, f"{path}.", folder)
-            if len(options) > 1:
-                result[name].setdefault(str(field.discriminator), tag_values(option, str(field.discriminator))[0])
-        elif not options:
+        item = item_field(field)
+        if item is not None and isinstance(value, list):
+            result[name] = [_section(item, entry, f"{path}[{place}]", folder) for place, entry in enumerate(value)]
+        elif not sections(field):
             result[name] = _leaf(field, value, path, folder)
+        elif value is not None:
+            result[name] = _section(field, value, path, folder)
     return result
+
+
+def _section(field: FieldInfo, value: Any, path: str, folder: Path) -> dict[str, Any]:
+    """A section by itself, at ``path``, with the tag of its variant where it has several."""
+    options = sections(field)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} should be a section of keys, got {_shown(value)}{_first_key(path, field)}")
+    option = _chosen(field, options, value, path)
+    prepared = _prepared(option, value, f"{path}.", folder)
+    if len(options) > 1:
+        prepared.setdefault(str(field.discriminator), tag_values(option, str(field.discriminator))[0])
+    return prepared
 
 
 def _leaf(field: FieldInfo, value: Any, path: str, folder: Path) -> Any:
     if isinstance(value, bool) and not accepts(field, bool):
         raise ConfigError(f"{path} cannot be {_shown(value)}; it is: {field.description}")
-    if accepts(field, Path) and isinstance(value, str):
+    if isinstance(value, list) and accepts(field, tuple[Path, ...]):
+        return [_path(field, item, f"{path}[{place}]", folder) for place, item in enumerate(value)]
+    if accepts(field, Path) or accepts(field, tuple[Path, ...]):
+        return _path(field, value, path, folder)
+    return value
+
+
+def _path(field: FieldInfo, value: Any, path: str, folder: Path) -> Any:
+    """A path made absolute; what is no text is left to the model."""
+    if isinstance(value, str):
         if not value or "\0" in value:
             raise ConfigError(f"{path} should be a path, got {_shown(value)}; it is: {field.description}")
         home = Path.home() / value[2:] if value.startswith("~/") else Path(value)
@@ -116,7 +134,7 @@ def _chosen(field: FieldInfo, options: list[type[BaseModel]], value: dict[Any, A
         return options[0]
     tag = str(field.discriminator)
     variants = {choice: option for option in options for choice in tag_values(option, tag)}
-    choice = value.get(tag, getattr(field.default, tag))
+    choice = value.get(tag, getattr(field.default, tag, None))
     if not isinstance(choice, str) or choice not in variants:
         raise ConfigError(f"{path}.{tag} should be one of {', '.join(variants)}, got {_shown(choice)}")
     for key in value:
@@ -147,7 +165,7 @@ def _sentence(error: ValidationError, model: type[BaseModel], section: str) -> s
     path, description = _dotted(problem["loc"], model, section)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
-        needed = [key.path for key in all_keys(RunConfig) if key.field.is_required()]
+        needed = [key.path for key in all_keys(RunConfig) if key.field.is_required() and "[]" not in key.path]
         needed.append("data.path (or data.features)")
         return (
             f"{next((key for key in needed if key.startswith(path)), path)} is missing; a run needs {', '.join(needed)}"
@@ -174,7 +192,7 @@ def _dotted(location: tuple[int | str, ...], model: type[BaseModel], section: st
         if field is not None:
             path = f"{path}.{part}" if path else str(part)
             description = field.description or ""
-            models = sections(field)
+            models = sections(item_field(field) or field)
         elif isinstance(part, int):
             path = f"{path}[{part}]"
     return path, description

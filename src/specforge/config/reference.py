@@ -77,7 +77,9 @@ def _tag_row(variants: list[Key]) -> Key:
     choices = [key.variant.partition(": ")[2] for key in variants]
     meaning = "; ".join(f"`{choice}`: {key.field.description}" for choice, key in zip(choices, variants, strict=True))
     field = FieldInfo.from_annotation(typing.Literal[tuple(choices)])  # type: ignore[arg-type]
-    field.default, field.description = choices[0], meaning.replace(".; ", "; ")
+    field.description = meaning.replace(".; ", "; ")
+    if not variants[0].field.is_required():
+        field.default = choices[0]
     return Key(variants[0].path, field, variants[0].variant)
 
 

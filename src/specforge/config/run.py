@@ -13,7 +13,9 @@ from specforge.config.launch import LaunchConfig
 from specforge.control_plane.config import ControlPlaneConfig
 from specforge.data_plane.config import DataPlaneConfig
 from specforge.evaluation.config import EvaluationConfig
+from specforge.evaluation.held_out import HeldOutConfig
 from specforge.inference.config import TargetConfig
+from specforge.monitor.config import MonitorConfig
 from specforge.prompts.config import DataConfig
 from specforge.training.config import TrainingConfig
 
@@ -32,7 +34,9 @@ class RunConfig(BaseModel):
     run_dir: Path = Field(description="Directory of the run: resolved configuration, ledger, logs, checkpoints.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of initialisation, order and everything drawn.")
     topology: Literal["colocated", "disaggregated"] = Field(
-        "colocated", description="colocated: capture and training in one process; disaggregated: in several."
+        "colocated",
+        description="colocated: whoever trains captures too, in the same process; disaggregated: capture has processes "
+        "of its own.",
     )
     target: TargetConfig = Field(description="The frozen target.")
     data: DataConfig = Field(description="The samples to train on.")
@@ -40,10 +44,17 @@ class RunConfig(BaseModel):
     training: TrainingConfig = Field(TrainingConfig(), description="The training loop.")
     control_plane: ControlPlaneConfig = Field(ControlPlaneConfig(), description="Leases, order and the ledger.")
     data_plane: DataPlaneConfig = Field(DataPlaneConfig(), description="The feature store and prefetching.")
-    launch: LaunchConfig = Field(LaunchConfig(), description="The processes of a disaggregated run and their restarts.")
+    launch: LaunchConfig = Field(LaunchConfig(), description="The processes of a run and their restarts.")
+    monitor: MonitorConfig = Field(
+        MonitorConfig(),
+        description="A list of trackers of the run's scalars, besides metrics.jsonl and the terminal; by default none.",
+    )
+    held_out: HeldOutConfig = Field(
+        HeldOutConfig(), description="Evaluation during training, on samples that are not trained."
+    )
     evaluation: EvaluationConfig = Field(
         EvaluationConfig(),
-        description="Evaluation in the demo; specforge train does not evaluate, specforge eval has options.",
+        description="Evaluation by decoding at the end of the demo; specforge eval has options.",
     )
 
     @model_validator(mode="after")

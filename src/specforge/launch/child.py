@@ -26,8 +26,9 @@ MAX_REASON_CHARS = 500
 
 Event = Literal["serving", "finished", "stopped", "failed", "start", "endpoint", "lost"]
 """What a child reports: it ``serving`` requests from here on (the trainer), ``finished``, ``stopped`` in order, or
-``failed``. What it is told: the train process ``start`` (token, ids of the living workers) once, and ``lost`` (worker,
-reason) for each worker that is gone; a capture process ``endpoint`` (url, token) whenever a train process serves.
+``failed``. What it is told: a train process ``start`` (token, ids of the living workers, its place among the train
+ranks) once, and ``lost`` (worker, reason) for each worker that is gone; a capture process ``endpoint`` (url, token)
+whenever a train process serves.
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from specforge.contracts.capture import CaptureSpec, TargetInfo
 from specforge.errors import DraftError
 from specforge.export.artifact import WEIGHTS
 from specforge.export.draft import TrainedDraft, read_export
-from specforge.training.checkpoint import Checkpointer, load_checkpoint
+from specforge.training.checkpoint import (
+    DRAFT_WEIGHTS,
+    STATE_FILE,
+    list_checkpoints,
+    read_draft_tensors,
+    read_state,
+    verified,
+)
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +38,19 @@ class LoadedDraft:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """``path`` itself when it is a checkpoint, else the newest whole checkpoint of the run in ``path``."""
-    if (path / "state.json").exists():
-        return path
+    """``path`` itself when it is a checkpoint (a link such as ``latest`` or ``best`` leads to one), else the newest
+    checkpoint of the run in ``path`` whose draft is whole; damaged ones are named in a warning.
+    """
+    if (path / STATE_FILE).exists():
+        return path.resolve()
     for directory in (path / "checkpoints", path / "train" / "checkpoints"):
-        checkpoint = Checkpointer(directory).latest()
-        if checkpoint is not None:
-            return checkpoint.path
+        for checkpoint in reversed(list_checkpoints(directory)):
+            try:
+                verified(read_state(checkpoint), DRAFT_WEIGHTS)
+            except DraftError as error:
+                _LOG.warning("skipping a damaged checkpoint: %s", error)
+            else:
+                return checkpoint
     raise DraftError(
         f"{path} holds no checkpoint: expected a run directory, or one of its checkpoints/step-... directories"
     )
@@ -46,13 +62,13 @@ def read_draft(path: Path) -> TrainedDraft:
         raise DraftError(f"{path} is not a directory; give a run directory, a checkpoint or an exported draft")
     if (path / WEIGHTS).exists():
         return read_export(path)
-    checkpoint = load_checkpoint(find_checkpoint(path))
+    checkpoint = read_state(find_checkpoint(path))
     identity = checkpoint.provenance.identity
     config_type = algorithm_type(identity["algorithm"]["name"]).config_type
     return TrainedDraft(
         identity["algorithm"],
         config_type.from_dict(checkpoint.provenance.draft_config),
-        checkpoint.draft,
+        read_draft_tensors(checkpoint),
         identity["capture_dtype"],
         identity["target_revision"],
     )

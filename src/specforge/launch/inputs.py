@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,14 @@ from specforge.inference.target import count_parameters, load_tokenizer, read_ta
 from specforge.launch.offline import read_feature_prompts
 from specforge.launch.plan import DataFacts, ModelFacts, Plan, make_plan
 from specforge.prompts.tasks import load_prompt_tasks
+from specforge.training.trainer import check_sequences
 
 RESOLVED_FILE = "resolved.yaml"
 """The configuration as it ran, in the run's directory."""
+TOKENIZER_FILES = (
+    "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,10 @@ class RunInputs:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What must agree between two processes that train the same draft: everything that changes its bits."""
+        """What must agree between two processes that train the same draft: everything that changes its bits.
+
+        How many ranks train it, and how they share the work, is no part of it: a run may go on at any size.
+        """
         training = self.config.training
         return {
             "seed": self.config.seed,
@@ -62,6 +71,7 @@ class RunInputs:
             "target_revision": self.target.revision,
             "capture_dtype": self.spec.dtype,
             "aux_layers": list(self.spec.aux_layers),
+            "tokenizer_sha256": tokenizer_sha256(Path(self.target.path)),
             "data_sha256": tasks_sha256(self.tasks),
             "shuffle": self.config.control_plane.shuffle,
             "order": self.config.control_plane.order,
@@ -70,7 +80,7 @@ class RunInputs:
                 mode="json",
                 include={
                     "num_epochs", "global_batch_size", "micro_batch_tokens", "schedule", "min_lr_ratio", "decay_ratio",
-                    "decay_shape", "optimizer", "weight_decay", "betas", "dtype",
+                    "decay_shape", "optimizer", "weight_decay", "decay", "betas", "dtype",
                 },
             ),
             **asdict(self.pace),
@@ -87,6 +97,8 @@ def read_target_inputs(config: RunConfig) -> TargetInputs:
 def read_run_inputs(config: RunConfig) -> RunInputs:
     """Read target and prompts and resolve the plan; a :class:`UserError` for everything that cannot be run."""
     inputs = read_target_inputs(config)
+    draft_config = inputs.algorithm.draft_config(inputs.target)
+    check_sequences(inputs.algorithm, config.training.sequence_parallel, draft_config)
     tasks = read_tasks(config, inputs)
     check_vocabulary(config, tasks, inputs.target)
     facts = DataFacts(
@@ -99,7 +111,7 @@ def read_run_inputs(config: RunConfig) -> RunInputs:
     ]
     models = ModelFacts(
         target_bytes=0 if config.data.features else width * count_parameters(inputs.target.path),
-        draft_parameters=inputs.algorithm.draft_config(inputs.target).num_parameters,
+        draft_parameters=draft_config.num_parameters,
     )
     plan = make_plan(config, inputs.target, inputs.spec, facts, models)
     return RunInputs(config, inputs.target, inputs.algorithm, inputs.spec, tasks, plan)
@@ -129,6 +141,16 @@ def tasks_sha256(tasks: list[PromptTask]) -> str:
     for task in tasks:
         digest.update(repr((task.sample_id, task.input_ids, task.loss_spans)).encode())
     return digest.hexdigest()
+
+
+def tokenizer_sha256(target: Path) -> str:
+    """SHA-256 over the tokenizer's files in a target's directory; empty where it has none."""
+    files = [target / name for name in TOKENIZER_FILES if (target / name).is_file()]
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name}|{len(content)}|".encode() + content)
+    return digest.hexdigest() if files else ""
 
 
 def resolve_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from specforge.errors import ConfigError
 from specforge.launch.inputs import RESOLVED_FILE
 from specforge.launch.lock import LOCK_FILE, run_lock
 from specforge.launch.plan import ledger_kind, ledger_path, ledger_place
-from specforge.training.checkpoint import Checkpointer
+from specforge.training.checkpoint import newest_state
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -44,7 +44,7 @@ def list_quarantined(run_dir: Path) -> list[dict[str, Any]]:
     check_run_dir(run_dir)
     with run_ledger(run_dir, read_only=True) as store:
         if store is None:
-            newest = Checkpointer(run_dir / "checkpoints").newest_state()
+            newest = newest_state(run_dir / "checkpoints")
             found = [] if newest is None else newest.ledger.get("quarantines", [])
             return [{"sample_id": None, **item} for item in found if item["to_slot"] is None]
         open_ones = [item for item in store.quarantines() if item.to_slot is None]
@@ -107,5 +107,5 @@ def _open(config: RunConfig, read_only: bool) -> SqlMetadataStore | None:
 def _passed_slots(run_dir: Path) -> int:
     """In arrival order no slot is passed for good: whatever was not trained is open again."""
     config = load_run_config(run_dir / RESOLVED_FILE, [])
-    newest = Checkpointer(run_dir / "checkpoints").newest_state()
+    newest = newest_state(run_dir / "checkpoints")
     return newest.position.num_slots if newest is not None and config.control_plane.order == "strict" else 0

@@ -43,8 +43,9 @@ class ModelFacts:
 class ProcessPlan:
     """One process of the run.
 
-    ``memory_bytes``: weights, gradients, optimizer, frozen tables and features that the process holds. Activations and
-    the runtime itself (some hundred MB) come on top.
+    ``memory_bytes``: weights, gradients, optimizer, frozen tables and features that the process holds. Of several train
+    ranks each has whole weights and gradients during a step, and its share of all else. Activations and the runtime
+    itself (some hundred MB) come on top.
     """
 
     name: str
@@ -62,10 +63,16 @@ class Plan:
     features that are resident at a time. ``transfer_bytes``: the registered buffer of each process that uses Mooncake.
     ``retain_memory_bytes`` and ``retain_file_bytes`` is what may wait for a later epoch. ``window_bytes`` are
     the features of the window at most; ``resident_bytes`` those that each release policy keeps at most.
+    ``num_train_ranks`` processes train; ``ranks_a_copy`` of them hold one copy of the training state together,
+    ``ranks_a_sample`` have the same samples, and each has ``step_samples`` of an optimizer step at most.
     ``ledger_path`` is of SQLite, ``ledger_url`` and ``ledger_name`` (the schema) are of PostgreSQL.
     """
 
     topology: str
+    num_train_ranks: int
+    ranks_a_copy: int
+    ranks_a_sample: int
+    step_samples: int
     processes: tuple[ProcessPlan, ...]
     store: str
     store_capacity_bytes: int | None
@@ -124,6 +131,10 @@ def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: Da
     ledger = ledger_kind(config)
     return Plan(
         topology=config.topology,
+        num_train_ranks=config.launch.num_train_ranks,
+        ranks_a_copy=ranks_a_copy(config),
+        ranks_a_sample=config.training.sequence_parallel,
+        step_samples=step_samples(config),
         processes=(
             *_processes(config, models, train_bytes(config, target, spec, models) + in_memory + transfer, held[kind]),
             *_services(kind, capacity),
@@ -133,7 +144,7 @@ def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: Da
         transfer_bytes=transfer or None,
         retain_memory_bytes=in_memory,
         retain_file_bytes=in_files,
-        warnings=tuple(warnings(config.data_plane.mooncake)) if kind == "mooncake" else (),
+        warnings=(*idle_ranks(config), *(warnings(config.data_plane.mooncake) if kind == "mooncake" else ())),
         ledger=ledger,
         ledger_path=ledger_path(config) if ledger == "sqlite" else None,
         **ledger_place(config),
@@ -243,8 +254,13 @@ def retained_bytes(config: RunConfig, total_bytes: int) -> tuple[int, int]:
         return 0, 0
     options = config.data_plane
     kept = min(options.retain_bytes, total_bytes)
-    in_memory = min(kept, options.retain_memory_bytes)
+    in_memory = min(kept, retain_memory_bytes(config))
     return in_memory, kept - in_memory
+
+
+def retain_memory_bytes(config: RunConfig) -> int:
+    """How much may be kept for later epochs in memory: none where several ranks read it, which do so from files."""
+    return 0 if config.launch.num_train_ranks > 1 else config.data_plane.retain_memory_bytes
 
 
 def default_capacity(resident_bytes: int, max_sample: int) -> int:
@@ -255,14 +271,16 @@ def default_capacity(resident_bytes: int, max_sample: int) -> int:
 
 def store_kind(config: RunConfig) -> str:
     """``local``, ``shared_memory``, ``shared_dir`` or ``mooncake``."""
-    kind, disaggregated = config.data_plane.store.kind, config.topology == "disaggregated"
-    if kind == "local" and disaggregated:
+    kind, num_ranks = config.data_plane.store.kind, config.launch.num_train_ranks
+    several = config.topology == "disaggregated" or num_ranks > 1
+    if kind == "local" and several:
+        whose = f"{num_ranks} train ranks" if num_ranks > 1 else "capture and training apart"
         raise ConfigError(
-            "data_plane.store.kind is local, which one process only can read: "
+            f"data_plane.store.kind is local, which one process only can read, but this run has {whose}: "
             "use auto, shared_memory, shared_dir or mooncake"
         )
     if kind == "auto":
-        return "shared_memory" if disaggregated else "local"
+        return "shared_memory" if several else "local"
     return kind
 
 
@@ -276,7 +294,19 @@ def ledger_kind(config: RunConfig) -> str:
 
 def capture_names(config: RunConfig) -> list[str]:
     """The capture processes of a disaggregated run."""
+    if config.topology != "disaggregated":
+        return []
     return [f"capture-{number}" for number in range(config.launch.num_capture_workers)]
+
+
+def rank_names(config: RunConfig) -> list[str]:
+    """The train ranks, the leader first."""
+    return ["train", *(f"train-{rank}" for rank in range(1, config.launch.num_train_ranks))]
+
+
+def writer_names(config: RunConfig) -> list[str]:
+    """The processes that capture: each has an arena where the store is in shared memory."""
+    return capture_names(config) or rank_names(config)
 
 
 def run_id(config: RunConfig) -> str:
@@ -301,16 +331,59 @@ def ledger_path(config: RunConfig) -> Path:
     return (ledger.path if ledger.kind == "sqlite" else None) or config.run_dir / "ledger.sqlite"
 
 
-def train_bytes(config: RunConfig, target: TargetInfo, spec: CaptureSpec, models: ModelFacts) -> int:
-    """Draft weights, gradients and both moments in fp32, the target's two tables, and the batches in hand and ahead.
+def ranks_a_copy(config: RunConfig) -> int:
+    """How many train ranks hold one copy of weights, gradients and optimizer state together."""
+    training, num_ranks = config.training, config.launch.num_train_ranks
+    if training.sharding != "hybrid":
+        return num_ranks if training.sharding == "shard" else 1
+    size = training.shard_size or 1
+    if num_ranks % size:
+        raise ConfigError(
+            f"training.sharding is hybrid with training.shard_size = {size}, but there are {num_ranks} train ranks: "
+            "set shard_size to a divisor of them, or sharding to shard or replicate"
+        )
+    return size
 
-    The step in hand is whole. Prefetching starts another one only while what is ahead is below its bound in bytes.
+
+def data_ranks(config: RunConfig) -> int:
+    """How many shares the samples of a step have: those of one share go to ``training.sequence_parallel`` ranks."""
+    num_ranks, together = config.launch.num_train_ranks, config.training.sequence_parallel
+    if num_ranks % together:
+        raise ConfigError(
+            f"training.sequence_parallel is {together}, which does not divide the {num_ranks} train ranks "
+            "(launch.num_train_ranks); choose a divisor, or another number of ranks"
+        )
+    return num_ranks // together
+
+
+def step_samples(config: RunConfig) -> int:
+    """Samples of an optimizer step that one rank trains, at most."""
+    return math.ceil(config.training.global_batch_size / data_ranks(config))
+
+
+def idle_ranks(config: RunConfig) -> tuple[str, ...]:
+    """A warning where some ranks would never have a sample."""
+    batch, shares = config.training.global_batch_size, data_ranks(config)
+    if batch >= shares:
+        return ()
+    found = f"training.global_batch_size is {batch}, for {shares} ranks that train different samples"
+    return (f"{found}: {shares - batch} of them would have none in any step",)
+
+
+def train_bytes(config: RunConfig, target: TargetInfo, spec: CaptureSpec, models: ModelFacts) -> int:
+    """Of one rank: draft weights, gradients and both moments in fp32, the target's two tables, and the batches in hand
+    and ahead.
+
+    Several ranks hold shards of the first three, and during a step whole weights and gradients beside them. The step
+    in hand is whole. Prefetching starts another one only while what is ahead is below its bound in bytes.
     """
+    draft = ITEM_BYTES["float32"] * models.draft_parameters
+    whole = 2 * draft if config.launch.num_train_ranks > 1 else 0
     tables = 2 * target.vocab_size * target.hidden_size * ITEM_BYTES["float32"]
-    step = config.training.global_batch_size * config.data.max_length * batch_bytes(target, spec)
+    step = step_samples(config) * config.data.max_length * batch_bytes(target, spec)
     options = config.data_plane
     ahead = min(options.prefetch_steps * step, options.prefetch_bytes + step)
-    return 4 * ITEM_BYTES["float32"] * models.draft_parameters + tables + step + ahead
+    return whole + math.ceil(4 * draft / ranks_a_copy(config)) + tables + step + ahead
 
 
 def _check_window(config: RunConfig) -> None:
@@ -349,12 +422,19 @@ def _processes(
 ) -> tuple[ProcessPlan, ...]:
     threads, device = config.training.threads, config.training.device
     num_capture_bytes = models.target_bytes + num_store_bytes
-    if config.topology == "colocated":
+    names = rank_names(config)
+    if config.topology == "colocated" and len(names) == 1:
         roles = ("capture", "controller", "train")
         return (ProcessPlan("specforge", roles, device, threads, num_train_bytes + num_capture_bytes),)
-    train = ProcessPlan("train", ("controller", "control-plane server", "train"), device, threads, num_train_bytes)
+    captures = ("capture",) if config.topology == "colocated" else ()
+    held = num_train_bytes + (num_capture_bytes if captures else 0)
+    devices = [f"cuda:{rank}" if device == "cuda" and len(names) > 1 else device for rank in range(len(names))]
+    leads = ("controller", "control-plane server")
     return (
-        train,
+        *(
+            ProcessPlan(name, (*captures, *(leads if name == names[0] else ()), "train"), at, threads, held)
+            for name, at in zip(names, devices, strict=True)
+        ),
         *(
             ProcessPlan(name, ("capture",), config.target.device, threads, num_capture_bytes)
             for name in capture_names(config)

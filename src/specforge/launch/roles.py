@@ -1,7 +1,7 @@
 """What a child process does. Started by :mod:`specforge.launch.host`, never by hand.
 
-``train``    owns the controller, the ledger and the trainer, serves the control plane on a socket that it inherits,
-             and trains.
+``train``    trains. The first rank (often the only one) owns the controller and the ledger too, and serves the control
+             plane on a socket that it inherits; in a colocated run every rank captures as well.
 ``capture``  loads the target; whenever a train process serves, it leases, captures and commits until nothing is left.
 
 Loading the target and building the trainer overlap. A capture process stays when nothing is left: the trainer reads
@@ -17,28 +17,45 @@ import socket
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from specforge.config.load import load_run_config
 from specforge.config.run import RunConfig
 from specforge.errors import FeatureNotFound, UserError
-from specforge.launch.compose import Served, build_disagg_online_consumer, build_disagg_online_producer
+from specforge.launch.compose import build_disagg_online_consumer, build_disagg_online_producer, build_online_rank
+from specforge.launch.group import Seat, leave_at_once, lost_peer
+from specforge.launch.inputs import resolve_device
+from specforge.launch.learner import at_rank
 from specforge.launch.parent import ParentLink
 from specforge.launch.runtime import StopCapture, StopOnce
+from specforge.launch.train_side import Served
 
 
-def run_train(config: RunConfig, link: ParentLink, listen_fd: int, resume: bool) -> None:
+def run_train(config: RunConfig, link: ParentLink, listen_fd: int | None, resume: bool) -> None:
     """The train role; the outcome goes to the parent as ``finished`` or ``stopped``."""
     start = link.wait_for("start")
     if start is None:
         return
-    served = Served(socket.socket(fileno=listen_fd), start["token"], frozenset(start["workers"]))
-    with contextlib.closing(build_disagg_online_consumer(config, resume=resume, served=served)) as runtime:
+    seat = Seat(**start["group"])
+    config = at_rank(config, seat.rank, seat.size, torch.cuda.device_count())
+    ranks = seat.join(resolve_device(config.training.device), config.training.sequence_parallel)
+    served = None
+    if listen_fd is not None:
+        served = Served(socket.socket(fileno=listen_fd), start["token"], frozenset(start["workers"]))
+    build = build_online_rank if config.topology == "colocated" else build_disagg_online_consumer
+    with contextlib.closing(build(config, resume=resume, served=served, ranks=ranks)) as runtime:
         signal.signal(signal.SIGTERM, lambda *_: runtime.request_stop())
-        link.when_lost(runtime.controller.leave)
-        link.report("serving")  # before the first answer: no lease is given that the parent cannot know of
-        runtime.serve()
+        if ranks.is_leader and config.topology == "disaggregated":
+            link.when_lost(runtime.controller.leave)
+            link.report("serving")  # before the first answer: no lease is given that the parent cannot know of
+            runtime.serve()
         outcome = runtime.run()
     link.report("finished" if outcome.finished else "stopped", **outcome.to_dict())
+    ranks.leave()
+    if ranks.size > 1:
+        leave_at_once(0)
 
 
 def run_capture(config: RunConfig, link: ParentLink, worker_id: str) -> None:
@@ -74,18 +91,29 @@ def main(argv: list[str]) -> int:
         else:
             run_capture(config, link, arguments.worker_id)
     except UserError as error:
-        link.report("failed", message=str(error), user_error=True)
-        return 2
+        return _failed(link, 2, message=str(error), user_error=True)
     except FeatureNotFound as error:
         # Ordinary where a store can lose features: the parent says it in one line, and starts this process again.
-        link.report("failed", message=f"{type(error).__name__}: {error}", error=type(error).__name__)
-        return 1
+        return _failed(link, 1, message=f"{type(error).__name__}: {error}", error=type(error).__name__)
     except Exception as error:  # noqa: BLE001 - the process boundary: the parent gets the original traceback
         trace = traceback.format_exc()
         print(trace, file=sys.stderr, flush=True)
-        link.report("failed", message=f"{type(error).__name__}: {error}", traceback=trace, error=type(error).__name__)
-        return 1
+        return _failed(
+            link,
+            1,
+            message=f"{type(error).__name__}: {error}",
+            traceback=trace,
+            error=type(error).__name__,
+            lost_peer=lost_peer(error),
+        )
     return 0
+
+
+def _failed(link: ParentLink, code: int, **fields: Any) -> int:
+    link.report("failed", **fields)
+    if torch.distributed.is_initialized():
+        leave_at_once(code)  # threads may wait for ranks that wait for this one
+    return code
 
 
 if __name__ == "__main__":

@@ -12,11 +12,16 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from specforge.contracts.batches import StepBatches
-from specforge.contracts.refs import SlotRef
+from specforge.contracts.refs import Slot
 from specforge.errors import ProducerFailed, RunFailed
 from specforge.launch.child import ChildSpec
 from specforge.launch.host import HostExecutor
+from specforge.launch.sources import Worker
 from specforge.monitor.base import Monitor
+from specforge.training.checkpoint import weights_sha256
+from specforge.training.checkpointer import Checkpointer
+from specforge.training.ranks import Ranks
+from specforge.training.sharding import ShardedDraft
 from specforge.training.trainer import Trainer
 
 
@@ -32,14 +37,6 @@ class Controller(Protocol):
     def summary(self) -> dict[str, Any]: ...
 
     def account(self) -> dict[str, Any]: ...
-
-
-class Worker(Protocol):
-    """A rollout worker, by itself or driven."""
-
-    def run(self) -> None: ...
-
-    def run_once(self, timeout_s: float) -> bool: ...
 
 
 class Server(Protocol):
@@ -66,31 +63,40 @@ class TrainOutcome:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class TrainParts:
+    """One rank's side of the training, assembled.
+
+    ``server`` and its token only where others capture; ``close_ranks`` ends what ranks do together, in the same order
+    on all of them, and is not called when the run failed.
+    """
+
+    trainer: Trainer
+    checkpointer: Checkpointer
+    draft: ShardedDraft
+    controller: Controller
+    batches: Iterable[StepBatches[Tensor]]
+    ranks: Ranks = field(default_factory=Ranks)
+    close_ranks: Callable[[], None] = lambda: None
+    endpoint: tuple[Server, str] | None = None
+
+
 class TrainRuntime:
     """Controller, loader and trainer, ready to run; the server only where the capture side is elsewhere."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        controller: Controller,
-        batches: Iterable[StepBatches[Tensor]],
-        weights_sha256: Callable[[], str],
-        resources: contextlib.ExitStack,
-        endpoint: tuple[Server, str] | None = None,
-    ) -> None:
-        self.trainer = trainer
-        self.controller = controller
-        self._batches = batches
-        self._weights_sha256 = weights_sha256
+    def __init__(self, parts: TrainParts, resources: contextlib.ExitStack) -> None:
+        self.trainer = parts.trainer
+        self.controller = parts.controller
+        self.ranks = parts.ranks
+        self._parts = parts
         self._resources = resources
-        self._endpoint = endpoint
         self._stopping = threading.Event()
 
     def serve(self) -> tuple[str, str]:
         """Start the control-plane server; (url, token) for the capture side."""
-        if self._endpoint is None:
+        if self._parts.endpoint is None:
             raise RunFailed("this runtime has no control-plane server: its capture side is in the same process")
-        server, token = self._endpoint
+        server, token = self._parts.endpoint
         server.start()
         self._resources.callback(server.stop)
         return server.url, token
@@ -111,24 +117,34 @@ class TrainRuntime:
         """Train to the end. Whatever happens, what was learned is in a checkpoint and everything is closed."""
         with self._resources:
             try:
-                finished = self.trainer.fit(self._batches)
-            except ProducerFailed:
-                self.trainer.save()
-                if not self._stopping.is_set():
-                    raise
-                finished = False
+                finished = self._train()
             except BaseException:
                 self.controller.fail_run("the trainer failed")
+                self._parts.checkpointer.settle()
                 raise
             self.controller.finish()
-            position = self.trainer.position
-            return TrainOutcome(
+            position, draft = self.trainer.position, self._parts.draft.served_state()
+            outcome = TrainOutcome(
                 finished=finished,
                 step=position.step,
                 num_slots=position.num_slots,
-                draft_weights_sha256=self._weights_sha256(),
+                draft_weights_sha256=weights_sha256(draft) if self.ranks.is_leader else "",
                 ledger=self.controller.account(),
             )
+            self._parts.close_ranks()
+            return outcome
+
+    def _train(self) -> bool:
+        """Whether the training came to its end. A stop leaves a checkpoint, as does a capture side that failed."""
+        try:
+            return self.trainer.fit(self._parts.batches)
+        except ProducerFailed:
+            self.trainer.save()
+            self._parts.checkpointer.wait()
+            # All ranks are here, but the signal that stopped the run may not have reached all of them.
+            if not self.ranks.main.sum([float(self._stopping.is_set())])[0]:
+                raise
+            return False
 
 
 class CaptureRuntime:
@@ -177,26 +193,6 @@ class StopOnce:
         self._armed = False
 
 
-class Refs(Protocol):
-    """A queue of dispatched slots."""
-
-    def get(self, max_slots: int) -> list[SlotRef]: ...
-
-    def ack(self, refs: Sequence[SlotRef]) -> None: ...
-
-
-class HandOver:
-    """The loader's source: what it took is off the channel. Whether it was trained is the ledger's business."""
-
-    def __init__(self, queue: Refs) -> None:
-        self._queue = queue
-
-    def get(self, max_slots: int) -> list[SlotRef]:
-        refs = self._queue.get(max_slots)
-        self._queue.ack(refs)
-        return refs
-
-
 class StepLog:
     """Passes the scalars of every ``every``-th step on, and records once how far capture was at the first step."""
 
@@ -206,7 +202,7 @@ class StepLog:
         self._every = every
         self._first = True
 
-    def __call__(self, step: int, scalars: dict[str, float]) -> None:
+    def on_step(self, step: int, scalars: dict[str, float]) -> None:
         if self._first:
             self._first = False
             counts = self._summary()
@@ -214,6 +210,36 @@ class StepLog:
             self._monitor.event("first_step", step=step, num_captured=captured, num_slots=counts["num_slots"])
         if step % self._every == 0:
             self._monitor.log(step, scalars)
+
+    def on_evaluation(self, step: int, scalars: dict[str, float]) -> None:
+        self._monitor.log(step, scalars)
+
+
+class Follower:
+    """What a rank that does not lead has in the place of controller, ledger and log: the leader's are everybody's."""
+
+    def ack(self, slots: Sequence[Slot], step: int) -> None: ...
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        return {}
+
+    def checkpointed(self, step: int) -> None: ...
+
+    def on_step(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def on_evaluation(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def fail_run(self, reason: str) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def leave(self, worker_id: str, reason: str | None) -> None: ...
+
+    def summary(self) -> dict[str, Any]:
+        return {}
+
+    def account(self) -> dict[str, Any]:
+        return {}
 
 
 class HostRuntime:
@@ -231,21 +257,6 @@ class HostRuntime:
         if not outcome.finished:
             raise KeyboardInterrupt
         return outcome
-
-
-class InlineCapture:
-    """A source of refs that drives the rollout worker itself, in the thread that asks: one process, no waiting."""
-
-    def __init__(self, worker: Worker, num_ready: Callable[[], int], take: Callable[[int], list[SlotRef]]) -> None:
-        self._worker = worker
-        self._num_ready = num_ready
-        self._take = take
-
-    def get(self, max_slots: int) -> list[SlotRef]:
-        """Up to ``max_slots`` slots in order, capturing what is missing; fewer only at the end."""
-        while self._num_ready() < max_slots and self._worker.run_once(timeout_s=0.0):
-            pass
-        return self._take(max_slots)
 
 
 @contextlib.contextmanager

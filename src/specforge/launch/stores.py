@@ -29,9 +29,18 @@ from specforge.data_plane.retention import RetainingFeatureStore, Tier
 from specforge.data_plane.shared_dir import SharedDirFeatureStore
 from specforge.data_plane.shared_memory import SHARED_MEMORY, SharedMemoryFeatureStore, collect_orphans
 from specforge.errors import ConfigError, FeatureStoreError, UserError
+from specforge.launch.aside import AsideReader
 from specforge.launch.inputs import RESOLVED_FILE
 from specforge.launch.mooncake import MooncakeService
-from specforge.launch.plan import Plan, capture_names, max_resident_samples, retain_dir, run_id, shared_dir
+from specforge.launch.plan import (
+    Plan,
+    max_resident_samples,
+    retain_dir,
+    retain_memory_bytes,
+    run_id,
+    shared_dir,
+    writer_names,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,7 +78,7 @@ def open_reader(config: RunConfig) -> FeatureStore:
 def with_retention(config: RunConfig, store: FeatureStore, resources: contextlib.ExitStack) -> RetainingFeatureStore:
     """``store`` with the room for later epochs beside it. Closing it closes both."""
     options = config.data_plane
-    in_memory = min(options.retain_bytes, options.retain_memory_bytes)
+    in_memory = min(options.retain_bytes, retain_memory_bytes(config))
     tiers: list[Tier] = [LocalFeatureStore(in_memory)] if in_memory else []
     spilled = None
     if _keeps_files(config):
@@ -81,6 +90,13 @@ def with_retention(config: RunConfig, store: FeatureStore, resources: contextlib
     if spilled is not None:
         resources.callback(_quietly, _remove_if_empty, spilled, retain_dir(config), config)
     return retaining
+
+
+def with_retained(config: RunConfig, store: FeatureStore, resources: contextlib.ExitStack) -> FeatureStore:
+    """``store`` with what another rank put aside beside it, for reading. Closing it closes both."""
+    seen = AsideReader(store, _retained(config)) if _keeps_files(config) else store
+    resources.callback(seen.close)
+    return seen
 
 
 def start_service(
@@ -129,8 +145,7 @@ def make_room(config: RunConfig, plan: Plan, resume: bool) -> None:
     elif config.data_plane.store.kind == "shared_memory":
         with contextlib.closing(SharedMemoryFeatureStore.attach(run_id(config))) as store:
             store.gc()
-        num_arenas = len(capture_names(config))
-        needed = num_arenas * (plan.store_capacity_bytes or 0)
+        needed = len(writer_names(config)) * (plan.store_capacity_bytes or 0)
         if shutil.disk_usage(SHARED_MEMORY).free <= needed * ARENA_OVERHEAD:
             clear(config)
 
@@ -174,7 +189,7 @@ def _quietly(work: Callable[..., None], *arguments: Any) -> None:
 
 
 def _keeps_files(config: RunConfig) -> bool:
-    return config.data_plane.retain_bytes > config.data_plane.retain_memory_bytes
+    return config.data_plane.retain_bytes > retain_memory_bytes(config)
 
 
 def _check_writable(directory: Path) -> None:

@@ -21,15 +21,10 @@ from torch import Tensor
 from specforge.algorithms.parts.vocabulary import kept_ids, target_ids, vocabulary_maps
 from specforge.errors import ConfigError
 from specforge.inference.target import load_tokenizer
-from specforge.launch.inputs import RunInputs, tasks_sha256
+from specforge.launch.inputs import RunInputs, tasks_sha256, tokenizer_sha256
 from specforge.prompts.vocabulary import count_loss_tokens
 
 _LOG = logging.getLogger(__name__)
-
-TOKENIZER_FILES = (
-    "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "vocab.json",
-)  # fmt: skip
 
 
 def draft_vocabulary(inputs: RunInputs) -> Tensor | None:
@@ -74,14 +69,9 @@ def cached_vocabulary(directory: Path, facts: dict[str, str | int], count: Calla
     return kept
 
 
-def tokenizer_sha256(target: Path) -> str:
-    """SHA-256 over the tokenizer's files in a target's directory; empty where it has none."""
-    files = [target / name for name in TOKENIZER_FILES if (target / name).is_file()]
-    digest = hashlib.sha256()
-    for file in files:
-        content = file.read_bytes()
-        digest.update(f"{file.name}|{len(content)}|".encode() + content)
-    return digest.hexdigest() if files else ""
+def vocabulary_sha256(kept: Tensor | None) -> str:
+    """SHA-256 of the target ids that a draft keeps; empty where nothing is pruned."""
+    return "" if kept is None else hashlib.sha256(kept.numpy().tobytes()).hexdigest()
 
 
 def _check_cache(directory: Path) -> None:

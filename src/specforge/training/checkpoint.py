@@ -1,12 +1,15 @@
-"""Checkpoints: complete or absent, never torn. The checkpoint is the truth that the ledger is reconciled to.
+"""Checkpoints on disk: complete or absent, never torn. The checkpoint is the truth that the ledger is reconciled to.
 
     RUN_DIR/checkpoints/step-00000100/
-        draft.safetensors       the draft under its served names, in training precision
-        optimizer.safetensors   fp32 masters and moments
-        state.json              step, data position, identity, the ledger's state, and size and SHA-256 of the two files
+        draft/model.safetensors, draft/config.json    the draft under its served names, in training precision
+        shards/*.safetensors                          fp32 masters and moments, a file a rank (DCP's safetensors layout)
+        state.json                                    step, data position, identity, the ledger's state, the last
+                                                      evaluation, and size and SHA-256 of the other files
+    RUN_DIR/checkpoints/latest, best                  links to two of them
 
 A checkpoint is written to a temporary directory, synced, and renamed; ``state.json`` is checked against the files on
-load, so a damaged checkpoint is skipped with a warning and the one before it is used.
+load, so a damaged checkpoint is skipped with a warning and the one before it is used. Nothing is ever unpickled.
+Written by :mod:`specforge.training.checkpointer`.
 """
 
 from __future__ import annotations
@@ -14,24 +17,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
-import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from specforge.errors import DraftError
-from specforge.faults import fault_point
 
+FORMAT_VERSION = 3
+DRAFT_WEIGHTS, DRAFT_CONFIG, SHARDS, STATE_FILE = "draft/model.safetensors", "draft/config.json", "shards", "state.json"
+LATEST, BEST = "latest", "best"
 _NAME = re.compile(r"step-(\d{8})")
-_FILES = ("draft.safetensors", "optimizer.safetensors")
-FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,97 +63,16 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """What ``state.json`` says; ``files`` are the sizes and hashes of the files beside it, ``ledger`` what the ledger
-    wanted kept.
+    """What ``state.json`` says. ``files`` are the sizes and hashes of the files beside it, by path; ``ledger`` is what
+    the ledger wanted kept; ``evaluation`` the metrics of the draft at this step, empty where it was not evaluated.
     """
 
     path: Path
     position: TrainPosition
     provenance: Provenance
     ledger: dict[str, Any]
+    evaluation: dict[str, float]
     files: dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A loaded checkpoint."""
-
-    path: Path
-    position: TrainPosition
-    provenance: Provenance
-    ledger: dict[str, Any]
-    draft: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
-
-
-class Checkpointer:
-    """Writes, rotates and finds checkpoints below one directory."""
-
-    def __init__(self, directory: Path, keep_last: int = 2) -> None:
-        self._directory = directory
-        self._keep_last = max(1, keep_last)
-
-    def save(
-        self,
-        position: TrainPosition,
-        tensors: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
-        provenance: Provenance,
-        ledger: dict[str, Any],
-    ) -> Path:
-        """Write (draft, optimizer) ``tensors`` and the ``ledger``'s JSON; complete on disk when it returns."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        final = self._directory / f"step-{position.step:08d}"
-        if _is_complete(final, position, ledger):  # a resumed run reached this step again: the same bits are there
-            return final
-        partial = self._directory / f".{final.name}.{os.getpid()}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        files: dict[str, dict[str, Any]] = {}
-        for name, content in zip(_FILES, tensors, strict=True):
-            safetensors.torch.save_file({key: value.contiguous() for key, value in content.items()}, partial / name)
-            files[name] = {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
-            _sync(partial / name)
-        state = {
-            "format": FORMAT_VERSION,
-            "position": asdict(position),
-            **asdict(provenance),
-            "ledger": ledger,
-            "files": files,
-        }
-        (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-        _sync(partial / "state.json")
-        _sync(partial)
-        fault_point("checkpoint.written")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _sync(self._directory)
-        fault_point("checkpoint.renamed")
-        self._rotate(final)
-        return final
-
-    def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or ``None``. Damaged ones are named in a warning."""
-        for path in reversed(list_checkpoints(self._directory)):
-            try:
-                return load_checkpoint(path)
-            except DraftError as error:
-                warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
-        return None
-
-    def newest_state(self) -> CheckpointState | None:
-        """The state of the newest checkpoint that has a readable one; its tensors are not looked at."""
-        for path in reversed(list_checkpoints(self._directory)):
-            with contextlib.suppress(DraftError):
-                return read_state(path)
-        return None
-
-    def _rotate(self, newest: Path) -> None:
-        # Those above the newest one are damaged: training came back to reach it.
-        older = [path for path in list_checkpoints(self._directory) if path.name < newest.name]
-        for path in older[: max(0, len(older) + 1 - self._keep_last)]:
-            shutil.rmtree(path)
-        for leftover in self._directory.glob(".step-*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -162,9 +82,38 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
 
 
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
+
+
+def newest_whole(directory: Path) -> CheckpointState | None:
+    """The newest checkpoint in ``directory`` that is whole, or ``None``. Damaged ones are named in a warning."""
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            return verified(read_state(path))
+        except DraftError as error:
+            warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
+    return None
+
+
+def newest_state(directory: Path) -> CheckpointState | None:
+    """The state of the newest checkpoint that has a readable one; its tensors are not looked at."""
+    for path in reversed(list_checkpoints(directory)):
+        with contextlib.suppress(DraftError):
+            return read_state(path)
+    return None
+
+
+def best_state(directory: Path) -> CheckpointState | None:
+    """The state of the checkpoint that is marked as the best, if one is."""
+    if not (directory / BEST).exists():
+        return None
+    return read_state((directory / BEST).resolve())
+
+
 def read_state(path: Path) -> CheckpointState:
     """``state.json`` of the checkpoint in ``path``; anything wrong with it is a :class:`DraftError`."""
-    state_file = path / "state.json"
+    state_file = path / STATE_FILE
     try:
         state = json.loads(state_file.read_text())
     except (OSError, ValueError) as error:
@@ -174,23 +123,39 @@ def read_state(path: Path) -> CheckpointState:
     try:
         position = TrainPosition(**state["position"])
         provenance = Provenance(state["identity"], state["draft_config"], state["target"])
-        ledger, files = state["ledger"], {name: state["files"][name] for name in _FILES}
+        ledger, evaluation, files = state["ledger"], state["evaluation"], state["files"]
     except (KeyError, TypeError) as error:
         raise DraftError(f"{state_file} is not a whole checkpoint state: {error}") from None
-    if not isinstance(ledger, dict):
-        raise DraftError(f"{state_file}: expected an object under 'ledger', got {type(ledger).__name__}")
-    return CheckpointState(path, position, provenance, ledger, files)
+    for key, value in (("ledger", ledger), ("evaluation", evaluation), ("files", files)):
+        if not isinstance(value, dict):
+            raise DraftError(f"{state_file}: expected an object under {key!r}, got {type(value).__name__}")
+    return CheckpointState(path, position, provenance, ledger, evaluation, files)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint; anything wrong with it is a :class:`DraftError` naming the file."""
-    state = read_state(path)
-    for name in _FILES:
-        file, expected = path / name, state.files[name]
-        if not file.is_file() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+def verified(state: CheckpointState, below: str = "") -> CheckpointState:
+    """``state``, after every one of its files whose path starts with ``below`` was compared with its size and hash."""
+    for name, expected in state.files.items():
+        file = state.path / name
+        if name.startswith(below) and (not file.is_file() or fingerprint(file) != expected):
             raise DraftError(f"{file} is missing, truncated or changed since the checkpoint was written")
-    draft, optimizer = (safetensors.torch.load_file(path / name) for name in _FILES)
-    return Checkpoint(path, state.position, state.provenance, state.ledger, draft, optimizer)
+    if DRAFT_WEIGHTS not in state.files:
+        raise DraftError(f"{state.path / STATE_FILE} lists no {DRAFT_WEIGHTS}: it is no whole checkpoint")
+    return state
+
+
+def read_draft_tensors(state: CheckpointState) -> dict[str, torch.Tensor]:
+    """The draft's served tensors, after a check of their file."""
+    path = verified(state, DRAFT_WEIGHTS).path / DRAFT_WEIGHTS
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DraftError(f"{path} cannot be read ({error})") from None
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as JSON data."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
@@ -201,24 +166,3 @@ def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _is_complete(path: Path, position: TrainPosition, ledger: dict[str, Any]) -> bool:
-    try:
-        found = load_checkpoint(path)
-    except DraftError:
-        return False
-    return found.position == position and found.ledger == json.loads(json.dumps(ledger))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

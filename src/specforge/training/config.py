@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -50,6 +50,9 @@ class TrainingConfig(BaseModel):
         description="muon: the draft's matrices by Muon, tables and norms by AdamW; adamw: everything by AdamW.",
     )
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay.")
+    decay: Literal["matrices", "all"] = Field(
+        "matrices", description="What weight_decay is for: the matrices alone, or norms and biases too."
+    )
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay of AdamW's first and second moment.")
     max_grad_norm: float | None = Field(
         None,
@@ -65,9 +68,37 @@ class TrainingConfig(BaseModel):
     device: Device = Field(
         "auto", description="Where the draft is trained: auto (CUDA when there is one), cpu, cuda or cuda:N."
     )
+    sharding: Literal["shard", "replicate", "hybrid"] = Field(
+        "shard",
+        description="How several train ranks hold weights, gradients and optimizer state (FSDP2): one copy over all of "
+        "them, a copy on each, or a copy over every shard_size ranks.",
+    )
+    shard_size: PositiveInt | None = Field(None, description="Ranks that hold one copy together, with sharding=hybrid.")
+    sequence_parallel: PositiveInt = Field(
+        1,
+        description="Ranks that share the rows of every sample (Ulysses), for samples too long for one device; divides "
+        "the number of train ranks. For eagle3 and dflash.",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Compute the activations of each block of the draft again in the backward, to save memory."
+    )
+    compile: bool = Field(False, description="Compile the blocks of the draft with torch.compile.")
     checkpoint_every: PositiveInt = Field(100, description="Optimizer steps between two checkpoints.")
-    keep_last: PositiveInt = Field(2, description="Checkpoints kept on disk; older ones are deleted.")
+    keep_last: PositiveInt = Field(
+        2, description="Newest checkpoints kept on disk; older ones are deleted, but for the best one."
+    )
+    keep_every: PositiveInt | None = Field(
+        None, description="Checkpoints at multiples of this many steps are kept for good; null: none."
+    )
     log_every: PositiveInt = Field(1, description="Optimizer steps between two lines of the metrics log.")
     threads: PositiveInt = Field(
         1, description="Compute threads of each process on a CPU; the same weights need the same number."
     )
+
+    @model_validator(mode="after")
+    def _shards_have_a_size(self) -> Self:
+        if (self.sharding == "hybrid") != (self.shard_size is not None):
+            raise ValueError(
+                f"sharding {self.sharding} with shard_size {self.shard_size}: set shard_size with hybrid, and only then"
+            )
+        return self

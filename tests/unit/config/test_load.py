@@ -1,6 +1,7 @@
 """Run files: what is read, and that everything odd is one sentence."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_overrides_reach_any_depth_and_have_yaml_types(load, tmp_path):
     assert config.data_plane.store.capacity_bytes == 3 * 2**29
     assert config.control_plane.ledger.path == tmp_path.parent / "a/ledger.sqlite"
     assert config.control_plane.shuffle is False
-    assert str(config.evaluation.prompts) == "/abs/p.jsonl"
+    assert config.evaluation.prompts == (Path("/abs/p.jsonl"),)
 
 
 def test_empty_section_takes_its_defaults(load):

@@ -98,6 +98,11 @@ def fail(message: str) -> None:
     os._exit(1)
 
 
+def lose(message: str) -> None:
+    report("failed", message=message, traceback="Traceback: of a loss", error="RuntimeError", lost_peer=True)
+    os._exit(1)
+
+
 def blame(message: str) -> None:
     report("failed", message=message, user_error=True)
     os._exit(2)
@@ -118,6 +123,7 @@ ACTS = {
     "serve": lambda _: serve(),
     "until": until,
     "fail": fail,
+    "lose": lose,
     "blame": blame,
     "finish": finish,
     "leave": leave,

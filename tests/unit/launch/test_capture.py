@@ -16,7 +16,7 @@ from specforge.data_plane import offline_writer
 from specforge.errors import ConfigError, DataError, EngineError, RunFailed
 from specforge.inference.engine import CapturedSample
 from specforge.inference.huggingface import HFTargetEngine
-from specforge.launch import compose
+from specforge.launch import engines
 from specforge.launch.capture import capture
 from specforge.launch.compose import build_online_runtime
 from specforge.launch.inputs import read_run_inputs
@@ -57,7 +57,7 @@ def failing(sample_index: int, error: Exception) -> type[HFTargetEngine]:
 
 
 def test_a_prompt_that_fails_is_recorded_and_set_aside_like_in_the_online_run(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(compose, "HFTargetEngine", failing(5, RuntimeError("odd prompt")))
+    monkeypatch.setattr(engines, "HFTargetEngine", failing(5, RuntimeError("odd prompt")))
     tolerant = {"control_plane": {"max_quarantined": 1}}
     report = capture(run(**tolerant), tmp_path / "set")
     assert (report["num_captured"], report["num_failed"]) == (7, 1)
@@ -74,7 +74,7 @@ def test_a_prompt_that_fails_is_recorded_and_set_aside_like_in_the_online_run(ru
 
 def test_more_failures_than_are_tolerated_end_the_capture_and_the_next_one_tries_them_again(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(compose, "HFTargetEngine", failing(5, RuntimeError("odd prompt")))
+        patch.setattr(engines, "HFTargetEngine", failing(5, RuntimeError("odd prompt")))
         with pytest.raises(
             RunFailed, match=r"1 samples failed, more than .*max_quarantined = 0.*RuntimeError: odd pro"
         ):
@@ -86,7 +86,7 @@ def test_more_failures_than_are_tolerated_end_the_capture_and_the_next_one_tries
 
 
 def test_a_share_of_failures_can_be_tolerated(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(compose, "HFTargetEngine", failing(0, ValueError("odd prompt")))
+    monkeypatch.setattr(engines, "HFTargetEngine", failing(0, ValueError("odd prompt")))
     assert capture(run(control_plane={"max_quarantined": 0.13}), tmp_path / "set")["num_failed"] == 1
 
 
@@ -103,13 +103,13 @@ def test_damaged_features_are_a_failure(run, tmp_path, monkeypatch):
             part = source if not hasattr(source, "parts") else source.parts[0]
             part[1, 3] = float("nan")
 
-    monkeypatch.setattr(compose, "HFTargetEngine", Damaging)
+    monkeypatch.setattr(engines, "HFTargetEngine", Damaging)
     assert capture(run(control_plane={"max_quarantined": 1}), tmp_path / "set")["num_failed"] == 1
     assert "NaN or infinite values in feature 'last'" in (tmp_path / "set" / "index.jsonl").read_text()
 
 
 def test_an_engine_that_breaks_ends_the_capture(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(compose, "HFTargetEngine", failing(5, EngineError("gone")))
+    monkeypatch.setattr(engines, "HFTargetEngine", failing(5, EngineError("gone")))
     with pytest.raises(EngineError, match="gone"):
         capture(run(control_plane={"max_quarantined": 8}), tmp_path / "set")
 
@@ -134,7 +134,7 @@ def test_a_full_disk_keeps_what_was_captured_and_says_how_to_go_on(run, tmp_path
 
 def test_a_disk_without_room_is_refused_before_the_target_is_loaded(run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**6, free=1000))
-    monkeypatch.setattr(compose, "HFTargetEngine", None)
+    monkeypatch.setattr(engines, "HFTargetEngine", None)
     with pytest.raises(DataError, match=r"the features of 8 samples take up to [\d,]+ bytes, but 1,000 are free"):
         capture(run(), tmp_path / "set")
 

@@ -46,7 +46,7 @@ class Stage:
         self.specs = [
             ChildSpec(
                 name,
-                "train" if name == "train" else "capture",
+                "train" if name.startswith("train") else "capture",
                 self.scenario,
                 None if name == "train" else directory / f"{name}.log",
             )
@@ -182,8 +182,86 @@ def test_a_trainer_whose_features_are_lost_or_that_was_killed_goes_on_from_its_c
     assert run.run()["train"]["answer"] == 42
     assert [given["resume"] for given in run.told("train", "arguments")] == [False, True]
     first, second = run.told("train", "start")
+    groups = [first.pop("group"), second.pop("group")]
     assert first == {"token": run.endpoint.token, "workers": []}
     assert second == {"token": run.endpoint.token, "workers": ["capture-0.1", "capture-1.1"]}
+    assert [(group["rank"], group["size"]) for group in groups] == [(0, 1), (0, 1)]
+
+
+@pytest.mark.parametrize("victim", ["train", "train-1"])
+@pytest.mark.parametrize("act", ["kill", "exit 3", "fail FeatureNotFound: sample 's3'"])
+def test_ranks_start_again_together_and_meet_elsewhere_when_one_is_gone(stage, victim, act):
+    acts = {name: [["hear start", "wait"], ["hear start", "note again", "wait"]] for name in ("train", "train-1")}
+    acts["train"][1] = ["hear start", "until train-1 again", "finish"]
+    other = "train-1" if victim == "train" else "train"
+    acts[victim][0] = ["hear start", f"until {other} start", act]
+    run = stage(**{name.replace("-", "_"): value for name, value in acts.items()})
+    assert run.run()["train"]["answer"] == 42
+    assert run.starts() == ["train.1", "train-1.1", "train.2", "train-1.2"]
+    assert [(death.name, death.num_peers) for death in run.deaths()] == [(victim, 1)]
+    assert "starting all 2 train ranks again" in str(run.deaths()[0])
+    for rank, name in enumerate(("train", "train-1")):
+        assert [given["resume"] for given in run.told(name, "arguments")] == [False, True]
+        first, second = (start["group"] for start in run.told(name, "start"))
+        assert (first["rank"], first["size"]) == (second["rank"], second["size"]) == (rank, 2)
+        assert first["init_method"] != second["init_method"]
+    meetings = [[start["group"]["init_method"] for start in run.told(name, "start")] for name in ("train", "train-1")]
+    assert meetings[0] == meetings[1]
+
+
+def test_a_rank_that_lost_another_waits_for_the_cause(stage):
+    run = stage(
+        train=[["hear start", "note lost", "lose connection closed"]],
+        train_1=[["hear start", "until train lost", "fail ValueError: odd loss"]],
+    )
+    with pytest.raises(
+        RunFailed, match=r"the train-1 process failed: ValueError: odd loss .*\nTraceback: in the child"
+    ):
+        run.run()
+    assert not run.deaths()
+
+
+def test_ranks_that_all_lost_each_other_start_again(stage, monkeypatch):
+    monkeypatch.setattr("specforge.launch.host.VERDICT_S", 0.2)
+    run = stage(
+        train=[["hear start", "lose connection closed"], ["finish"]],
+        train_1=[["hear start", "lose connection reset"], ["wait"]],
+    )
+    assert run.run()["train"]["answer"] == 42
+    assert [death.num_peers for death in run.deaths()] == [1]
+
+
+def test_one_limit_counts_the_deaths_of_all_ranks(stage):
+    run = stage(
+        train=[["note first", "wait"], ["until train-1 second", "kill"], ["note third", "wait"]],
+        train_1=[["until train first", "kill"], ["note second", "wait"], ["until train third", "kill"]],
+    )
+    with pytest.raises(RunFailed, match=r"the train-1 process failed: killed by SIGKILL \(3 deaths in a row; log: "):
+        run.run()
+    assert [death.name for death in run.deaths()] == ["train-1", "train"]
+
+
+def test_what_a_rank_heard_of_its_leader_is_reported_by_the_leader(stage):
+    run = stage(
+        train=[["hear start", "until train-1 failing", "fail ProducerFailed: no samples"]],
+        train_1=[["hear start", "note failing", "fail ProducerFailed: no samples"]],
+    )
+    with pytest.raises(RunFailed, match="the train process failed: ProducerFailed: no samples"):
+        run.run()
+
+
+def test_ranks_stop_in_order_when_a_capture_process_dies_too_often(stage):
+    run = stage(train=[["serving", "wait"]], train_1=[["wait"]], capture_0=[["until train-1 arguments", "kill"]])
+    with pytest.raises(RunFailed, match="the capture-0 process failed"):
+        run.run()
+    assert run.told("train", "left")
+    assert run.told("train-1", "left")
+
+
+def test_a_rank_that_finished_before_its_leader_is_not_missed(stage):
+    run = stage(train=[["hear start", "until train-1 done", "finish"]], train_1=[["hear start", "note done", "finish"]])
+    assert run.run()["train"]["answer"] == 42
+    assert not run.deaths()
 
 
 def test_workers_are_told_again_when_a_restarted_trainer_serves(stage):

@@ -204,6 +204,60 @@ def test_memory_is_counted_where_it_is_held():
     assert together.memory_bytes > MODELS.target_bytes + 16 * MODELS.draft_parameters
 
 
+def test_train_ranks_hold_shards_and_whole_weights_and_gradients_during_a_step():
+    def train(**training) -> int:
+        ranks = plan(training={"global_batch_size": 16, **training}, topology="disaggregated", launch=RANKS).processes
+        assert [process.name for process in ranks] == ["train", "train-1", "train-2", "train-3", "capture-0"]
+        assert len({process.memory_bytes for process in ranks[:4]}) == 1
+        return ranks[0].memory_bytes
+
+    draft = 4 * MODELS.draft_parameters
+    shard, pairs, copies = train(), train(sharding="hybrid", shard_size=2), train(sharding="replicate")
+    assert (pairs - shard, copies - shard) == (draft, 3 * draft)
+    one = plan(training={"global_batch_size": 4}, topology="disaggregated").processes[0].memory_bytes
+    assert shard - one == 2 * draft + draft - 4 * draft
+
+
+RANKS = {"num_train_ranks": 4}
+
+
+def test_ranks_that_capture_and_train_share_what_a_single_process_keeps_to_itself():
+    together = plan(training={"num_epochs": 2}, launch=RANKS)
+    alone = plan(training={"num_epochs": 2})
+    assert [process.roles for process in together.processes] == [
+        ("capture", "controller", "control-plane server", "train"),
+        *[("capture", "train")] * 3,
+    ]
+    assert (alone.store, together.store) == ("local", "shared_memory")
+    assert (alone.retain_memory_bytes, alone.retain_file_bytes) == (together.retain_file_bytes, 0)
+    assert together.retain_memory_bytes == 0
+    assert (together.num_train_ranks, together.step_samples, together.ranks_a_copy) == (4, 4, 4)
+
+
+def test_a_store_of_one_process_is_refused_for_several_ranks():
+    with pytest.raises(ConfigError, match=r"store\.kind is local, .* but this run has 4 train ranks: use auto"):
+        plan(launch=RANKS, data_plane={"store": {"kind": "local"}})
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"sharding": "hybrid", "shard_size": 3}, "shard_size = 3, but there are 4 train ranks"),
+        ({"sequence_parallel": 3}, "sequence_parallel is 3, which does not divide the 4 train ranks"),
+    ],
+)
+def test_ranks_that_cannot_be_divided_are_refused(training, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(launch=RANKS, training=training)
+
+
+def test_ranks_without_a_sample_are_warned_of():
+    small = plan(launch=RANKS, training={"global_batch_size": 3})
+    (warning,) = small.warnings
+    assert "global_batch_size is 3, for 4 ranks that train different samples: 1 of them would have none" in warning
+    assert plan(launch=RANKS, training={"global_batch_size": 3, "sequence_parallel": 2}).warnings == ()
+
+
 def test_a_plan_is_plain_data():
     assert dataclasses.asdict(plan()).keys() == plan(topology="disaggregated").to_dict().keys()
 

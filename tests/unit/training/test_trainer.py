@@ -1,8 +1,10 @@
 """The loop alone: a linear draft, batches made by hand, a recording ledger."""
 
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,11 +13,21 @@ from torch import nn
 from specforge.algorithms.base import Algorithm, DraftModel, Runs, StepContext, StepOutput, TargetTables
 from specforge.contracts.batches import StepBatches, TrainBatch
 from specforge.contracts.refs import Slot
-from specforge.errors import DraftError
-from specforge.training.checkpoint import Checkpointer, Provenance, list_checkpoints
-from specforge.training.optimizer import MasterOptimizer, OptimizerSettings
-from specforge.training.schedule import Schedule
-from specforge.training.trainer import Trainable, Trainer, TrainerSettings
+from specforge.errors import DraftError, RunFailed
+from specforge.training.checkpoint import (
+    Provenance,
+    best_state,
+    list_checkpoints,
+    newest_whole,
+    read_draft_tensors,
+    read_state,
+)
+from specforge.training.checkpointer import Checkpointer
+from specforge.training.optimizer import MasterOptimizer, OptimizerKind, OptimizerSettings
+from specforge.training.ranks import Ranks
+from specforge.training.schedule import Schedule, ScheduleKind
+from specforge.training.sharding import ShardedDraft, Sharding
+from specforge.training.trainer import Surroundings, Trainable, Trainer, TrainerSettings
 
 
 class LinearDraft(DraftModel):
@@ -79,6 +91,18 @@ class Recorder:
         self.checkpoints.append(step)
 
 
+class Log:
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, dict[str, float]]] = []
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
+
+    def on_step(self, step, scalars):
+        self.steps.append((step, scalars))
+
+    def on_evaluation(self, step, scalars):
+        self.evaluations.append((step, scalars))
+
+
 def rows(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 4, generator=generator), torch.rand(count, generator=generator) > 0.3
@@ -103,22 +127,22 @@ def make(
     total_steps: int = 10,
     settings: OptimizerSettings | None = None,
     algorithm: SquaredError | None = None,
+    evaluation=None,
+    kind: str = "cosine",
 ):
     torch.manual_seed(0)
-    draft, ledger, log = LinearDraft(), Recorder(), []
+    draft, ledger, log = LinearDraft(), Recorder(), Log()
     trainer = Trainer(
         Trainable(
             algorithm or SquaredError(),
-            draft,
+            ShardedDraft(draft, Ranks(), Sharding(), "cpu"),
             TargetTables(torch.zeros(1), torch.zeros(1)),
             Provenance(identity or {"seed": 0}, {"h": 4}, {}),
         ),
         MasterOptimizer(dict(draft.named_parameters()), settings or OptimizerSettings()),
-        Schedule("cosine", 1e-2, total_steps=10),
+        Schedule(kind, 1e-2, total_steps=10),
         TrainerSettings(total_steps=total_steps, checkpoint_every=4, seed=0),
-        Checkpointer(directory),
-        ledger,
-        lambda step, scalars: log.append((step, scalars)),
+        Surroundings(Checkpointer(directory), ledger, log, evaluation=evaluation),
     )
     return trainer, draft, ledger, log
 
@@ -129,7 +153,7 @@ def test_every_step_is_acked_once_with_its_number_and_checkpoints_are_announced(
     assert [step for _, step in ledger.acks] == list(range(1, 11))
     assert [slot for slots, _ in ledger.acks for slot in slots] == [Slot(0, i) for i in range(20)]
     assert ledger.checkpoints == [4, 8, 10]
-    assert [step for step, _ in log] == list(range(1, 11))
+    assert [step for step, _ in log.steps] == list(range(1, 11))
 
 
 def test_the_position_is_the_one_that_the_batches_carry(tmp_path):
@@ -137,14 +161,14 @@ def test_the_position_is_the_one_that_the_batches_carry(tmp_path):
     [first, second] = steps(0, 2)
     trainer.fit([replace(first, num_slots=100), replace(second, num_slots=104)])
     assert trainer.position.num_slots == 104
-    assert Checkpointer(tmp_path).latest().position.num_slots == 104
+    assert newest_whole(tmp_path).position.num_slots == 104
 
 
 def test_a_checkpoint_keeps_what_the_ledger_said_before_it_was_written(tmp_path):
     trainer, _, ledger, _ = make(tmp_path, total_steps=4)
     trainer.fit(steps(0, 4))
     assert ledger.calls == ["checkpoint_state", "checkpointed"]
-    assert Checkpointer(tmp_path).latest().ledger == {"quarantines": [{"index": 4, "to_slot": None}]}
+    assert newest_whole(tmp_path).ledger == {"quarantines": [{"index": 4, "to_slot": None}]}
 
 
 def test_a_checkpoint_without_the_ledgers_state_is_not_written(tmp_path):
@@ -170,17 +194,18 @@ def test_the_update_does_not_depend_on_how_rows_are_split_into_micro_batches(tmp
     assert torch.allclose(weights[0], weights[2], atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_resumed_training_ends_with_the_same_bits(tmp_path, kind):
+@pytest.mark.parametrize("schedule", get_args(ScheduleKind))
+@pytest.mark.parametrize("kind", get_args(OptimizerKind))
+def test_resumed_training_ends_with_the_same_bits(tmp_path, kind, schedule):
     """Oracle 43. Masters, moments, learning rate, and the step that a schedule inside the loss sees."""
-    settings, told = OptimizerSettings(kind=kind), SquaredError()
-    straight, draft, *_ = make(tmp_path / "straight", settings=settings, algorithm=told)
+    settings, told = OptimizerSettings(kind=kind, weight_decay=0.1), SquaredError()
+    straight, draft, *_ = make(tmp_path / "straight", settings=settings, algorithm=told, kind=schedule)
     straight.fit(steps(0, 10))
-    first, *_ = make(tmp_path / "run", settings=settings)
+    first, *_ = make(tmp_path / "run", settings=settings, kind=schedule)
     first.fit(steps(0, 8))
     told_after = SquaredError()
-    resumed, other, ledger, _ = make(tmp_path / "run", settings=settings, algorithm=told_after)
-    checkpoint = Checkpointer(tmp_path / "run").latest()
+    resumed, other, ledger, _ = make(tmp_path / "run", settings=settings, algorithm=told_after, kind=schedule)
+    checkpoint = newest_whole(tmp_path / "run")
     assert checkpoint is not None
     resumed.restore(checkpoint)
     assert (resumed.position.step, resumed.position.num_slots) == (8, 16)
@@ -214,7 +239,7 @@ def test_training_ends_at_the_last_step_although_batches_go_on(tmp_path):
     assert trainer.fit(steps(0, 10)) is True
     assert ledger.checkpoints == [3]
     again, _, ledger, _ = make(tmp_path, total_steps=3)
-    again.restore(Checkpointer(tmp_path).latest())
+    again.restore(newest_whole(tmp_path))
     assert again.fit(steps(3, 10)) is True
     assert ledger.acks == []
 
@@ -240,9 +265,9 @@ def test_one_poisoned_sample_among_eight_gives_the_update_of_the_other_seven(tmp
     assert torch.equal(updates[0], updates[1])
     assert trainer.position.num_nonfinite_samples == 1
     assert trainer.position.num_skipped_updates == 0
-    assert [scalars["num_nonfinite_samples"] for _, scalars in log] == [1, 1, 1]
-    assert all(math.isfinite(scalars["loss"]) for _, scalars in log)
-    assert Checkpointer(tmp_path / "eight").latest().position.num_nonfinite_samples == 1
+    assert [scalars["num_nonfinite_samples"] for _, scalars in log.steps] == [1, 1, 1]
+    assert all(math.isfinite(scalars["loss"]) for _, scalars in log.steps)
+    assert newest_whole(tmp_path / "eight").position.num_nonfinite_samples == 1
 
 
 def test_a_step_of_poisoned_samples_alone_is_consumed_without_an_update(tmp_path):
@@ -262,7 +287,7 @@ def test_non_finite_gradients_leave_the_weights_finite_and_are_counted(tmp_path)
     assert torch.isfinite(draft.fc.weight).all()
     assert trainer.position.num_skipped_updates == 1
     assert trainer.position.num_nonfinite_samples == 0
-    assert log[-1][1]["num_skipped_updates"] == 1
+    assert log.steps[-1][1]["num_skipped_updates"] == 1
 
 
 def test_a_step_without_supervised_rows_is_consumed_without_an_update(tmp_path):
@@ -277,4 +302,95 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path):
     make(tmp_path)[0].fit(steps(0, 2))
     other, *_ = make(tmp_path, identity={"seed": 5})
     with pytest.raises(DraftError, match="seed = 0, but this run has 5"):
-        other.restore(Checkpointer(tmp_path).latest())
+        other.restore(newest_whole(tmp_path))
+
+
+class Scores:
+    """An evaluation that gives these losses, one a call."""
+
+    metric = "eval/avg_loss"
+
+    def __init__(self, every, *losses):
+        self.every, self.losses = every, list(losses)
+
+    def __call__(self, draft, step):
+        return {self.metric: self.losses.pop(0)}
+
+    def is_better(self, value, than):
+        return value < than
+
+
+def test_the_best_checkpoint_is_kept_and_marked_and_survives_a_restart(tmp_path):
+    trainer, _, _, log = make(tmp_path, total_steps=10, evaluation=Scores(2, 5.0, 3.0, 4.0, 6.0, 7.0))
+    trainer.fit(steps(0, 10))
+    assert [step for step, _ in log.evaluations] == [2, 4, 6, 8, 10]
+    best = best_state(tmp_path)
+    assert (best.position.step, best.evaluation) == (4, {"eval/avg_loss": 3.0})
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000008", "step-00000010"]
+    assert (tmp_path / "latest").resolve().name == "step-00000010"
+
+
+def test_a_resumed_run_knows_the_best_of_the_run_before(tmp_path):
+    make(tmp_path, total_steps=4, evaluation=Scores(2, 5.0, 3.0))[0].fit(steps(0, 4))
+    again, *_ = make(tmp_path, evaluation=Scores(2, 4.0, 2.0, 9.0))
+    again.restore(newest_whole(tmp_path))
+    again.knows_best(best_state(tmp_path))
+    again.fit(steps(4, 10))
+    assert best_state(tmp_path).position.step == 8
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    trainer, _, ledger, _ = make(tmp_path, total_steps=6)
+    written, trained = threading.Event(), threading.Event()
+    announce = ledger.checkpointed
+
+    def checkpointed(step):
+        assert trained.wait(60)
+        announce(step)
+        written.set()
+
+    ledger.checkpointed = checkpointed
+
+    def watched():
+        for number, step in enumerate(steps(0, 6)):
+            if number == 5:  # one step after the save at step 4 began
+                assert not written.is_set()
+                trained.set()
+            yield step
+
+    trainer.fit(watched())
+    assert ledger.checkpoints == [4, 6]
+
+
+def test_a_checkpoint_holds_the_weights_of_its_step_although_training_goes_on(tmp_path):
+    straight, draft, *_ = make(tmp_path / "straight", total_steps=4)
+    straight.fit(steps(0, 4))
+    trainer, *_ = make(tmp_path / "run", total_steps=7)
+    trainer.fit(steps(0, 7))
+    [fourth, _] = list_checkpoints(tmp_path / "run")
+    assert torch.equal(read_draft_tensors(read_state(fourth))["fc.weight"], draft.fc.weight)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(tmp_path):
+    trainer, _, ledger, _ = make(tmp_path)
+
+    def undone():
+        for number, step in enumerate(steps(0, 10)):
+            if number == 5:
+                (tmp_path / ".step-00000008.partial").write_text("in the way")
+            yield step
+
+    with pytest.raises(RunFailed, match=r"checkpoint of step 8 could not be written .*resume the run"):
+        trainer.fit(undone())
+    assert ledger.checkpoints == [4]
+    assert newest_whole(tmp_path).position.step == 4
+
+
+def test_a_checkpoint_with_another_vocabulary_map_is_refused_by_name(tmp_path):
+    trainer, draft, *_ = make(tmp_path)
+    draft.register_buffer("t2d", torch.tensor([True, False]))
+    trainer.fit(steps(0, 2))
+    other, draft, *_ = make(tmp_path)
+    draft.register_buffer("t2d", torch.tensor([False, True]))
+    with pytest.raises(DraftError, match="'t2d', which does not learn"):
+        other.restore(newest_whole(tmp_path))
