@@ -72,10 +72,13 @@ class Recorded:
 
 
 def batches(world, ranks, recorded, first_step, last_step):
-    """Steps of six samples; every seventh has no supervised token in it, and each has one sample without any."""
+    """Steps of six samples, each with one that has no supervised token. In every seventh none has any; in another the
+    ranks with odd numbers have none.
+    """
     for step in range(first_step, last_step):
         samples = world.samples(LENGTHS, seed=step)
-        samples = [s.masked() if step % 7 == 6 or place == step % 6 else s for place, s in enumerate(samples)]
+        without = {step % 6, *(range(6) if step % 7 == 6 else range(1, 6, 2) if step % 7 == 3 else ())}
+        samples = [sample.masked() if place in without else sample for place, sample in enumerate(samples)]
         slots = tuple(Slot(0, len(LENGTHS) * step + place) for place in range(len(LENGTHS)))
         recorded.slots.append(slots)
         bins = plan_rank(LENGTHS, MAX_TOKENS, ranks.data_rank, ranks.data_size)

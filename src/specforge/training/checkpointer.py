@@ -21,6 +21,7 @@ from typing import Any
 
 import safetensors.torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
@@ -140,7 +141,10 @@ class Checkpointer:
                 )
         _allow_single_process()
         group = self._ranks.main.group
-        load_distributed(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+        try:
+            load_distributed(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+        except CheckpointException as error:  # a BaseException, which no boundary would explain
+            raise DraftError(f"{state.path}: the training state cannot be read ({error})") from error
 
     # In the thread
 
@@ -167,7 +171,7 @@ class Checkpointer:
         """What ``work`` gives on each rank; raises on all of them where one failed."""
         try:
             mine: dict[str, Any] = {"done": work()}
-        except Exception as error:  # noqa: BLE001 - the others wait for a word of this rank
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - the others wait for a word of this rank
             mine = {"failed": f"{type(error).__name__}: {error}"}
         answers = [json.loads(text) for text in self._ranks.background.collect(json.dumps(mine).encode())]
         for rank, answer in enumerate(answers):
