@@ -70,24 +70,47 @@ def evaluate(
     target_values = {"path": str(target), "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     decoding = section_from(EvaluationConfig, "evaluation", values, Path.cwd())
     target_config = section_from(TargetConfig, "target", target_values, Path.cwd())
-    show(measured(target_config, draft, decoding, html), as_json)
+    if html is not None:
+        check_page(html)
+    report = measured(target_config, draft, decoding)
+    show(report, as_json)
+    if html is not None:
+        write_html(html, report, f"Evaluation of {draft.name}")
 
 
-def measured(target: TargetConfig, draft: Path, decoding: EvaluationConfig, html: Path | None) -> dict[str, Any]:
-    """The report, which is also in the page ``html``; a warning where it has no accepted length."""
-    if html is not None and html.is_dir():
-        raise UserError(f"--html {html} is a directory; give the name of a file")
+def measured(target: TargetConfig, draft: Path, decoding: EvaluationConfig) -> dict[str, Any]:
+    """The report; a warning where it has no accepted length."""
     from specforge.launch.evaluate import evaluate_draft
 
     report = evaluate_draft(target, draft, decoding)
     if not report["num_rounds"]:
         typer.echo(f"warning: {no_round_counted(decoding)}", err=True)
-    if html is not None:
-        from specforge.monitor.evaluation import write_evaluation
-
-        write_evaluation(html, report, f"Evaluation of {draft.name}")
-        typer.echo(f"report: {html}", err=True)
     return report
+
+
+def check_page(html: Path) -> None:
+    """A :class:`UserError`, before anything is decoded, where the page could not be written."""
+    if html.is_dir():
+        raise UserError(f"--html {html} is a directory; give the name of a file")
+    from specforge.monitor.page import check_writable
+
+    try:
+        check_writable(html)
+    except OSError as error:
+        raise UserError(f"--html {html} cannot be written ({error.strerror}); give another file") from None
+
+
+def write_html(html: Path, report: dict[str, Any], title: str) -> None:
+    """The page, after the report was printed: what was measured is never lost with it."""
+    from specforge.monitor.evaluation import write_evaluation
+
+    try:
+        write_evaluation(html, report, title)
+    except OSError as error:
+        raise UserError(
+            f"--html {html} could not be written ({error.strerror}); the report is on standard output"
+        ) from None
+    typer.echo(f"report: {html}", err=True)
 
 
 def show(report: dict[str, Any], as_json: bool) -> None:

@@ -53,7 +53,7 @@ def _row(name: str, figures: Mapping[str, Any]) -> Sequence[str]:
 
 
 def with_interval(value: float | None, interval: Sequence[float] | None, unit: str = "") -> str:
-    """``2.31 (2.10 to 2.52)``."""
+    """``2.31 (2.10 to 2.52)``, and ``2.31 (-)`` without an interval."""
     if value is None:
         return "-"
-    return f"{value:.2f}{unit}" + ("" if interval is None else f" ({interval[0]:.2f} to {interval[1]:.2f})")
+    return f"{value:.2f}{unit} ({'-' if interval is None else f'{interval[0]:.2f} to {interval[1]:.2f}'})"

@@ -70,7 +70,7 @@ class TargetInfo:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict[str, float | str] | None
+    rope_scaling: dict[str, bool | int | float | str] | None
     max_position_embeddings: int
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]

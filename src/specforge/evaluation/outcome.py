@@ -53,7 +53,8 @@ def measure(
     for category, row in zip(categories, report.prompts, strict=True):
         rows.setdefault(category, []).append(row)
     by_category = {
-        name: summarise(found, decoder.num_proposals, decoder.judged) for name, found in sorted(rows.items())
+        name: summarise(found, decoder.num_proposals, decoder.judged, whole_batches=decoder.batch_size == 1)
+        for name, found in sorted(rows.items())
     }
     if first is None or not all(row.compared for row in report.prompts):
         return BatchOutcome(decoder.batch_size, report, by_category)

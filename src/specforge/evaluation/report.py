@@ -11,7 +11,7 @@ from specforge.evaluation.statistics import Bootstrap, Interval
 
 @dataclass(frozen=True, slots=True)
 class DecodedPrompt:
-    """One prompt decoded both ways.
+    """One prompt decoded both ways, in the batch of number ``batch``, whose prompts share its seconds.
 
     ``accepted``: accepted proposals of each round that counts. ``compared``: whether the outputs are meant to be equal
     (they are not where tokens are sampled). ``mismatch``: index of the first new token in which they differ, ``None``
@@ -19,6 +19,7 @@ class DecodedPrompt:
     """
 
     prompt_tokens: int
+    batch: int
     plain_tokens: tuple[int, ...]
     speculative_tokens: tuple[int, ...]
     plain_seconds: float
@@ -46,8 +47,9 @@ class SpeculativeReport:
     * ``lossless``: every prompt's outputs are equal up to excused near-ties; ``None`` when the target did not compute
       in fp32, where differences are reported and not judged, and when tokens were sampled, where nothing is compared
     * ``tokens_per_second_*``: new tokens after the first / decode time (the target's prefill is left out)
-    * ``*_ci95``: 95 % confidence intervals by the bootstrap over prompts (``evaluation/statistics.py``); ``None`` for
-      fewer than two prompts, or where nothing was counted
+    * ``*_ci95``: 95 % confidence intervals by the bootstrap over prompts, that of the speed-up over batches
+      (``evaluation/statistics.py``); ``None`` for fewer than two of them, where nothing was counted, and of the
+      speed-up of a category whose prompts share batches with others
     * ``distinct_4grams``: distinct / all 4-grams of the plain output, mean over prompts with at least 4 new tokens
     """
 
@@ -79,8 +81,13 @@ class SpeculativeReport:
         return asdict(self) | {"speed_up": self.speed_up}
 
 
-def summarise(rows: Sequence[DecodedPrompt], num_proposals: int, judged: bool) -> SpeculativeReport:
-    """The report over ``rows``; sums first, ratios last. ``judged`` says whether differences count as losses."""
+def summarise(
+    rows: Sequence[DecodedPrompt], num_proposals: int, judged: bool, *, whole_batches: bool = True
+) -> SpeculativeReport:
+    """The report over ``rows``; sums first, ratios last. ``judged`` says whether differences count as losses.
+
+    ``whole_batches``: whether ``rows`` are all prompts of their batches, without which a speed-up has no interval.
+    """
     rounds = [count for row in rows for count in row.accepted]
     mismatches = sum(row.mismatch is not None and not row.near_tie for row in rows)
     bootstrap = Bootstrap(len(rows))
@@ -108,12 +115,20 @@ def summarise(rows: Sequence[DecodedPrompt], num_proposals: int, judged: bool) -
         num_near_ties=sum(row.near_tie for row in rows),
         tokens_per_second_plain=_rate(sum(plain[0]), sum(plain[1])),
         tokens_per_second_speculative=_rate(sum(speculative[0]), sum(speculative[1])),
-        speed_up_ci95=bootstrap.interval(
-            [*speculative, *plain], lambda sums: (sums[0] / sums[1]) / (sums[2] / sums[3])
-        ),
+        speed_up_ci95=_speed_up_interval(rows, [*speculative, *plain]) if whole_batches else None,
         distinct_4grams=distinct_ngrams([row.plain_tokens for row in rows], 4),
         prompts=tuple(rows),
     )
+
+
+def _speed_up_interval(rows: Sequence[DecodedPrompt], columns: Sequence[Sequence[float]]) -> Interval | None:
+    """Over batches: prompts of one have the same steps. ``columns``: tokens and seconds, speculative and plain."""
+    places = {batch: place for place, batch in enumerate(dict.fromkeys(row.batch for row in rows))}
+    sums = [[0.0] * len(places) for _ in columns]
+    for column, totals in zip(columns, sums, strict=True):
+        for row, value in zip(rows, column, strict=True):
+            totals[places[row.batch]] += value
+    return Bootstrap(len(places)).interval(sums, lambda found: (found[0] / found[1]) / (found[2] / found[3]))
 
 
 def distinct_ngrams(outputs: Sequence[Sequence[int]], length: int) -> float:

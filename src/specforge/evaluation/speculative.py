@@ -216,9 +216,10 @@ class SpeculativeDecoder:
     ) -> SpeculativeReport:
         """Decode every prompt both ways, in batches, and compare.
 
-        The two ways take turns, and in turn go first, so that a drift of the machine hits both. Sampled prompts draw
-        with generators of their own, so that a prompt's tokens do not depend on its batch. ``on_prompt`` gets the
-        number of prompts done. Raises :class:`DataError` without prompts.
+        The two ways take turns, and in turn go first (plain decoding in the first batch, and so in a single one), so
+        that a drift of the machine hits both. Sampled prompts draw with generators of their own, so that a prompt's
+        tokens do not depend on its batch. ``on_prompt`` gets the number of prompts done. Raises :class:`DataError`
+        without prompts.
         """
         if not prompts or max_new_tokens < 1:
             raise DataError("speculative decoding needs at least one prompt and one new token; check the prompt file")
@@ -233,7 +234,7 @@ class SpeculativeDecoder:
                 samplings = [self._sampling_of(first + place, way) for place in range(len(batch))]
                 results[way] = ways[way](batch, max_new_tokens, samplings)
             for prompt, plain, speculative in zip(batch, results[0], results[1], strict=True):
-                rows.append(self._compare(prompt, plain, speculative))
+                rows.append(self._compare(prompt, turn, plain, speculative))
                 on_prompt(len(rows))
         return summarise(rows, self.num_proposals, self.judged)
 
@@ -257,12 +258,13 @@ class SpeculativeDecoder:
         """Plain decoding captures nothing."""
         return CaptureSpec((), False, self._spec.dtype)
 
-    def _compare(self, prompt: Sequence[int], plain: Decoded, speculative: Decoded) -> DecodedPrompt:
+    def _compare(self, prompt: Sequence[int], batch: int, plain: Decoded, speculative: Decoded) -> DecodedPrompt:
         compared = self._sampling is None
         mismatch = first_mismatch(plain.tokens, speculative.tokens) if compared else None
         near_tie = mismatch is not None and self.is_near_tie(prompt, plain.tokens, speculative.tokens, mismatch)
         return DecodedPrompt(
             prompt_tokens=len(prompt),
+            batch=batch,
             plain_tokens=plain.tokens,
             speculative_tokens=speculative.tokens,
             plain_seconds=plain.seconds,

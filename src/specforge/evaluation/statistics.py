@@ -1,12 +1,13 @@
-"""95 % confidence intervals of ratios of sums, by the bootstrap over prompts.
+"""95 % confidence intervals of ratios of sums, by the bootstrap over prompts, or over batches of them.
 
 The prompts are taken as a random sample of those that the draft will meet. A resample draws as many prompts as there
 are, with replacement, and every figure is computed from the sums of that resample, as it is from those of the sample;
 the interval lies between the 2.5th and the 97.5th percentile of the resamples (Efron and Tibshirani, An Introduction to
-the Bootstrap, 1993, chapter 13). Rounds of one prompt stay together, since they resemble each other. With fewer than
-about twenty prompts such intervals are too narrow. They say nothing of a machine that was slow for all prompts.
+the Bootstrap, 1993, chapter 13). What depends on each other stays together: the rounds of one prompt, and the seconds
+of one batch, whose steps its prompts share. With fewer than about twenty of them such intervals are too narrow. They
+say nothing of a machine that was slow all the time.
 
-Legend: n prompts, S resamples.
+Legend: n prompts or batches, S resamples.
 """
 
 from __future__ import annotations
@@ -25,25 +26,26 @@ Floats = NDArray[np.float64]
 
 
 class Bootstrap:
-    """Resamples of ``num_prompts`` prompts, the same for every figure: ``weights`` [S, n] counts how often each is in.
+    """Resamples of ``num_drawn`` prompts or batches, the same for every figure: ``weights`` [S, n] counts how often
+    each is in.
 
-    Keyed by the number of prompts alone, so equal samples give equal intervals.
+    Keyed by the number alone, so equal samples give equal intervals.
     """
 
-    def __init__(self, num_prompts: int, num_resamples: int = NUM_RESAMPLES) -> None:
-        self.num_prompts = num_prompts
-        if num_prompts > 1:
-            shares = np.full(num_prompts, 1.0 / num_prompts)
-            draws = np.random.default_rng([SEED, num_prompts])
-            self._weights: Floats = draws.multinomial(num_prompts, shares, num_resamples).astype(np.float64)
+    def __init__(self, num_drawn: int, num_resamples: int = NUM_RESAMPLES) -> None:
+        self.num_drawn = num_drawn
+        if num_drawn > 1:
+            shares = np.full(num_drawn, 1.0 / num_drawn)
+            draws = np.random.default_rng([SEED, num_drawn])
+            self._weights: Floats = draws.multinomial(num_drawn, shares, num_resamples).astype(np.float64)
 
     def interval(self, columns: Sequence[Sequence[float]], figure: Callable[[list[Floats]], Floats]) -> Interval | None:
         """The interval of ``figure``, which computes [S] values from the sums [S] of each of the ``columns`` [n].
 
-        ``None`` for fewer than two prompts. Resamples in which the figure has no value (nothing was counted) are left
+        ``None`` where n is below two. Resamples in which the figure has no value (nothing was counted) are left
         out; ``None`` too where they are more than the interval leaves out.
         """
-        if self.num_prompts < 2:
+        if self.num_drawn < 2:
             return None
         sums = [self._weights @ np.asarray(column, dtype=np.float64) for column in columns]
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,28 @@ class Artifact:
     tensors: dict[str, Tensor]
 
 
-def write_artifact(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> int:
-    """Write to ``out``, replacing an earlier export; the size of the weights in bytes.
+def write_artifact(
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    card: str,
+    verify: Callable[[Path], None] | None = None,
+) -> int:
+    """Write to ``out``, replacing an earlier export; the size of the weights in bytes. A link stays, and leads to what
+    was written.
 
-    Raises :class:`DraftError` for an ``out`` that holds anything else.
+    ``verify`` gets the whole directory before it is put in its place, and raises a :class:`DraftError` to keep the
+    earlier export. :class:`DraftError` too for an ``out`` that holds anything else, or that cannot be written.
     """
-    _refuse_foreign(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DraftError(f"{out} cannot be made ({error.strerror}); choose another directory for the export") from None
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+        place = out.resolve()
+        _refuse_foreign(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.parent / f".{place.name}.{os.getpid()}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        raise DraftError(f"{out} cannot be made ({_reason(error)}); choose another directory for the export") from None
     try:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt"})
@@ -50,7 +59,15 @@ def write_artifact(out: Path, config: Mapping[str, Any], tensors: Mapping[str, T
         (partial / CARD).write_text(card, encoding="utf-8")
         num_bytes = (partial / WEIGHTS).stat().st_size
         _sync(partial)
-        _replace(partial, out)
+        if verify is not None:
+            verify(partial)
+        _replace(partial, place)
+    except (OSError, SafetensorError) as error:
+        raise DraftError(
+            f"{out} cannot be written ({_reason(error)}); what was there is still there, choose another directory"
+        ) from None
+    except DraftError as error:
+        raise DraftError(str(error).replace(str(partial), str(out))) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return num_bytes
@@ -83,6 +100,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 def _refuse_foreign(out: Path) -> None:
     if not out.exists():
         return
+    if out in (Path.cwd(), *Path.cwd().parents):
+        raise DraftError(f"{out} is the directory that this command runs in; choose a new directory for the export")
+    if out.is_mount():
+        raise DraftError(f"{out} is a mount point, which cannot be replaced; choose a directory below it")
     if not out.is_dir():
         raise DraftError(f"{out} is a file; choose another directory for the export")
     names = {entry.name for entry in out.iterdir()}
@@ -98,8 +119,16 @@ def _replace(partial: Path, out: Path) -> None:
         return
     old = out.parent / f".{out.name}.{os.getpid()}.old"
     out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _sync(directory: Path) -> None:

@@ -35,7 +35,7 @@ class DraftOrigin:
 
 
 class Layout(ABC):
-    """How drafts of one algorithm are written. ``serving`` (Markdown) goes into the model card."""
+    """How drafts of one algorithm are written. ``serving`` (Markdown) says for the model card how they are served."""
 
     serving: ClassVar[str]
 
@@ -45,6 +45,11 @@ class Layout(ABC):
 
         Raises :class:`DraftError` for the first option of the draft that the reader has no counterpart for.
         """
+
+    def how_to_serve(self, config: Any, origin: DraftOrigin) -> str:
+        """``serving`` for this draft."""
+        del config, origin
+        return self.serving
 
     @abstractmethod
     def shapes(self, config: Any) -> Shapes | None:
@@ -119,11 +124,12 @@ class ExportFormat:
 
 def rope_keys(config: DraftConfig) -> dict[str, Any]:
     """The same rotary settings twice: transformers 5 reads ``rope_parameters``, the engines the other two."""
-    scaling = config.rope_scaling or {}
+    scaling = dict(config.rope_scaling or {})
+    kind = scaling.pop("type", "default")  # its old name
     return {
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling,
-        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
+        "rope_parameters": {"rope_type": kind, **scaling, "rope_theta": config.rope_theta},
     }
 
 
@@ -189,7 +195,10 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Shapes | None, dtype: t
             raise DraftError(f"tensor {name!r} has NaN or infinite values; the training diverged, export another step")
     if missing := sorted(set(shapes or ()) - set(tensors)):
         raise DraftError(f"the draft lacks the tensor {missing[0]!r}; an engine would leave it at random values")
-    if "d2t" in tensors:
+    maps = [name for name in ("d2t", "t2d") if name in tensors]
+    if len(maps) == 1:
+        raise DraftError(f"the draft has the tensor {maps[0]!r} alone; expected both d2t and t2d, or neither")
+    if maps:
         _check_vocabulary(tensors["d2t"], tensors["t2d"])
 
 
@@ -205,6 +214,10 @@ def tensor_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.
 
 def _check_vocabulary(d2t: Tensor, t2d: Tensor) -> None:
     """``d2t`` [W] are offsets (target id = i + d2t[i]) of ascending ids, exactly those marked in ``t2d`` [V]."""
+    if d2t.dim() != 1 or t2d.dim() != 1:
+        raise DraftError(
+            f"d2t has {d2t.dim()} dimensions and t2d {t2d.dim()}; expected one each; export the draft again"
+        )
     ids = d2t + torch.arange(len(d2t), device=d2t.device)
     inside = bool(((ids >= 0) & (ids < len(t2d))).all())
     ascending = bool((ids[1:] > ids[:-1]).all())

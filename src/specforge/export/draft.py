@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class TrainedDraft:
         """The draft of ``config`` with the weights of ``state``; a tensor too few or too many is a DraftError."""
         kept = None
         if self.config.draft_vocab_size != self.config.vocab_size:
+            if "t2d" not in self.state:
+                raise DraftError("the draft has a pruned vocabulary but lacks the tensor 't2d'; export it again")
             kept = torch.nonzero(self.state["t2d"]).flatten()
         draft = self.algorithm().build_draft(self.config, tables, seed=0, kept_ids=kept)
         own = draft.state_dict()
@@ -102,11 +104,14 @@ def write_export(
     out: Path,
     dtype: str | None = None,
     training: TrainingRecord | None = None,
+    *,
+    verify: Callable[[Path], None] | None = None,
 ) -> ExportReport:
     """Write ``trained`` to the directory ``out``, whole or not at all; an older export is replaced.
 
-    ``training`` goes into the model card. Raises :class:`DraftError` for what the format's reader would not serve, and
-    for an ``out`` with anything else.
+    ``training`` goes into the model card. ``verify`` gets the directory before it is put in its place, and raises a
+    :class:`DraftError` where it is not as it should be. Raises :class:`DraftError` for what the format's reader would
+    not serve, and for an ``out`` with anything else.
     """
     name, chosen = trained.options["name"], dtype or to.dtype
     if chosen not in DTYPES:
@@ -132,8 +137,8 @@ def write_export(
         "training": None if training is None else training.to_dict(),
     }
     served |= {"dtype": chosen, "torch_dtype": chosen, PROVENANCE_KEY: provenance}
-    card = model_card(name, config, target, layout, chosen, training)
-    num_bytes = write_artifact(out, served, tensors, card)
+    card = model_card(name, config, target, layout.how_to_serve(config, origin), chosen, training)
+    num_bytes = write_artifact(out, served, tensors, card, verify)
     return ExportReport(out, len(tensors), num_bytes, chosen)
 
 

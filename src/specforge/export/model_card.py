@@ -10,7 +10,6 @@ from pathlib import Path
 from specforge import __version__
 from specforge.algorithms.draft_config import DraftConfig
 from specforge.contracts.capture import TargetInfo
-from specforge.export.base import Layout
 from specforge.export.provenance import TrainingRecord
 
 _CARD = """\
@@ -42,11 +41,11 @@ def model_card(
     algorithm: str,
     config: DraftConfig,
     target: TargetInfo,
-    layout: Layout,
+    serving: str,
     dtype: str,
     training: TrainingRecord | None = None,
 ) -> str:
-    """Markdown. Names the target by its directory's last part, never by a path of this machine."""
+    """Markdown that ends with ``serving``. Names the target by its directory's last part, never by a path."""
     name = Path(target.path).name
     rows = {
         "target": f"`{name}` ({target.architecture}, {config.target_num_layers} layers, hidden size "
@@ -69,7 +68,7 @@ def model_card(
         name=name,
         rows=_table(rows),
         training="" if training is None else _TRAINING.format(rows=_table(training.rows())),
-        serving=layout.serving,
+        serving=serving,
     )
 
 

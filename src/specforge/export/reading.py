@@ -22,16 +22,31 @@ _DSPARK = ("markov_rank", "markov_head_type", "enable_confidence_head", "confide
 Facts = dict[str, Any]
 
 
+def _sizes(values: Mapping[str, Any]) -> Facts:
+    """The sizes of the layers. The rotary settings are said twice, for the engines and for transformers."""
+    facts = _pick(values, _SIZES)
+    parameters = {**_nested(values, "rope_parameters")}
+    theta = parameters.pop("rope_theta", None)
+    scaling = {**(facts["rope_scaling"] or {})}
+    scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type", "default"))
+    if theta != facts["rope_theta"]:
+        facts["rope_theta"] = {"engines read": facts["rope_theta"], "transformers reads": theta}
+    if parameters != scaling:
+        facts["rope_scaling"] = {"engines read": facts["rope_scaling"], "transformers reads": parameters}
+    return facts
+
+
 def read_plain(algorithm: str, served: Mapping[str, Any]) -> Facts:
     """The plain directory says every field by its name."""
     del algorithm
     readers = ("architectures", "model_type", "rope_parameters", "dtype", "torch_dtype", "specforge")
-    return {name: value for name, value in served.items() if name not in readers}
+    facts = {name: value for name, value in served.items() if name not in readers}
+    return facts | {name: value for name, value in _sizes(served).items() if name in ("rope_theta", "rope_scaling")}
 
 
 def read_sglang(algorithm: str, served: Mapping[str, Any]) -> Facts:
     """SGLang's keys. Drafts of EAGLE's kind say their layers in two places, for SGLang and for vLLM."""
-    facts = _pick(served, _SIZES)
+    facts = _sizes(served)
     if algorithm in {"eagle3", "peagle"}:
         ids = _nested(served, "eagle_config").get("eagle_aux_hidden_state_layer_ids")
         also = _from_inputs(served.get("eagle_aux_hidden_state_layer_ids"))
@@ -57,9 +72,9 @@ def read_vllm(algorithm: str, served: Mapping[str, Any]) -> Facts:
         return facts | {**_pick(served, ("hidden_size", "vocab_size")), "draft_vocab_size": _truncated(served)}
     layer = _nested(served, "transformer_layer_config")
     if not layer:  # latent attention, which the layout of speculators has no class for
-        facts = _pick(served, _SIZES) | _eagle(algorithm, served, served)
+        facts = _sizes(served) | _eagle(algorithm, served, served)
         return facts | {"aux_layers": _from_inputs(served.get("eagle_aux_hidden_state_layer_ids"))}
-    facts = _pick(layer, _SIZES) | _pick(served, ("draft_vocab_size", "target_hidden_size"))
+    facts = _sizes(layer) | _pick(served, ("draft_vocab_size", "target_hidden_size"))
     if algorithm in {"eagle3", "peagle"}:
         facts["aux_layers"] = _from_inputs(served.get("eagle_aux_hidden_state_layer_ids"))
         return facts | _eagle(algorithm, served, layer)

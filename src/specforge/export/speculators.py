@@ -14,6 +14,7 @@ than this project's own. What vLLM 0.32 makes of it, where one could expect othe
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ EAGLE3_PROPOSALS = 5
 _SERVING = """\
 ```
 vllm serve TARGET --speculative-config '{{"model": "THIS_DIRECTORY", "method": "{method}", \\
-  "num_speculative_tokens": {num_proposals}{more}}}'
+  "num_speculative_tokens": NUM_TOKENS{more}}}'
 ```
 
 {note}"""
@@ -77,10 +78,25 @@ def speculators_keys(kind: str, config: Any, origin: DraftOrigin, num_proposals:
     }
 
 
-class SpeculatorsEagle3Layout(Layout):
+class SpeculatorsLayout(Layout):
+    """A draft that proposes ``num_proposals`` tokens a round, by its configuration and by its card."""
+
+    @abstractmethod
+    def num_proposals(self, config: Any, origin: DraftOrigin) -> int:
+        """At most what the draft was trained for."""
+
+    def how_to_serve(self, config: Any, origin: DraftOrigin) -> str:
+        return self.serving.replace("NUM_TOKENS", str(self.num_proposals(config, origin)))
+
+
+class SpeculatorsEagle3Layout(SpeculatorsLayout):
     """One decoder layer, ``layers.0``, llama-like or qwen3-like, whose attention reads 2H."""
 
-    serving = _SERVING.format(method="eagle3", num_proposals=EAGLE3_PROPOSALS, more="", note=_PRUNED)
+    serving = _SERVING.format(method="eagle3", more="", note=_PRUNED)
+
+    def num_proposals(self, config: Eagle3DraftConfig, origin: DraftOrigin) -> int:
+        del config
+        return min(EAGLE3_PROPOSALS, int(origin.options["ttt_steps"]))
 
     def config(self, config: Eagle3DraftConfig, origin: DraftOrigin) -> dict[str, Any]:
         _check_norms(config)
@@ -100,8 +116,7 @@ class SpeculatorsEagle3Layout(Layout):
                 f"the draft has the architecture {config.architecture}, which vLLM has no EAGLE-3 class for; train it "
                 "with architecture: llama, qwen3 or mla, or export it with --to hf"
             )
-        num_proposals = min(EAGLE3_PROPOSALS, int(origin.options["ttt_steps"]))
-        keys = speculators_keys("eagle3", config, origin, num_proposals)
+        keys = speculators_keys("eagle3", config, origin, self.num_proposals(config, origin))
         return keys | flags | {"transformer_layer_config": {"model_type": config.architecture, **layer}}
 
     def shapes(self, config: Eagle3DraftConfig) -> Shapes:
@@ -119,12 +134,14 @@ class SpeculatorsEagle3Layout(Layout):
         return half_rotated(state, config) if config.architecture == "mla" else dict(state)
 
 
-class SpeculatorsPEagleLayout(Layout):
+class SpeculatorsPEagleLayout(SpeculatorsLayout):
     """EAGLE-3's layer and ordinary ones behind it; the draft's own embedding holds the mask token's row."""
 
-    serving = _SERVING.format(
-        method="eagle3", num_proposals="NUM_TOKENS", more=', "parallel_drafting": true', note=_PRUNED
-    )
+    serving = _SERVING.format(method="eagle3", more=', "parallel_drafting": true', note=_PRUNED)
+
+    def num_proposals(self, config: Any, origin: DraftOrigin) -> int:
+        del config
+        return int(origin.options["num_depths"])
 
     def config(self, config: Any, origin: DraftOrigin) -> dict[str, Any]:
         layer = {
@@ -134,7 +151,7 @@ class SpeculatorsPEagleLayout(Layout):
             **size_keys(config),
         }
         return {
-            **speculators_keys("peagle", config, origin, int(origin.options["num_depths"])),
+            **speculators_keys("peagle", config, origin, self.num_proposals(config, origin)),
             "mask_token_id": config.mask_token_id,
             "norm_before_residual": False,
             "norm_before_fc": False,
@@ -149,26 +166,30 @@ class SpeculatorsPEagleLayout(Layout):
         return None if name in VOCABULARY_MAPS and not is_pruned(config) else name
 
 
-class SpeculatorsDFlashLayout(Layout):
+class SpeculatorsDFlashLayout(SpeculatorsLayout):
     """The backbone alone."""
 
-    serving = _SERVING.format(
-        method="dflash", num_proposals="BLOCK_SIZE - 1", more="", note=f"BLOCK_SIZE is in `config.json`. {_SHARED}"
-    )
+    serving = _SERVING.format(method="dflash", more="", note=_SHARED)
+
+    def num_proposals(self, config: BlockDraftConfig, origin: DraftOrigin) -> int:
+        del origin
+        return config.block_size - 1
 
     def config(self, config: BlockDraftConfig, origin: DraftOrigin) -> dict[str, Any]:
-        return _block_keys("dflash", config, origin, config.block_size - 1) | {"sample_from_anchor": False}
+        return _block_keys("dflash", config, origin, self.num_proposals(config, origin)) | {"sample_from_anchor": False}
 
     def shapes(self, config: BlockDraftConfig) -> Shapes:
         return backbone_shapes(config)
 
 
-class SpeculatorsDSparkLayout(Layout):
+class SpeculatorsDSparkLayout(SpeculatorsLayout):
     """The backbone, a bias from the previous token, and the confidence head."""
 
-    serving = _SERVING.format(
-        method="dspark", num_proposals="BLOCK_SIZE", more="", note=f"BLOCK_SIZE is in `config.json`. {_SHARED}"
-    )
+    serving = _SERVING.format(method="dspark", more="", note=_SHARED)
+
+    def num_proposals(self, config: DSparkDraftConfig, origin: DraftOrigin) -> int:
+        del origin
+        return config.num_proposals
 
     def config(self, config: DSparkDraftConfig, origin: DraftOrigin) -> dict[str, Any]:
         if config.markov_head_type != "vanilla" or not config.markov_rank:
@@ -176,7 +197,7 @@ class SpeculatorsDSparkLayout(Layout):
                 f"the draft has markov_head_type {config.markov_head_type} and markov_rank {config.markov_rank}, but "
                 "vLLM computes the vanilla head of a rank above 0; train it so, or write it with --to sglang or hf"
             )
-        return _block_keys("dspark", config, origin, config.num_proposals) | {
+        return _block_keys("dspark", config, origin, self.num_proposals(config, origin)) | {
             "sample_from_anchor": True,
             "markov_rank": config.markov_rank,
             "markov_head_type": config.markov_head_type,

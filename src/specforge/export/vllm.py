@@ -23,9 +23,11 @@ class MedusaLayout(Layout):
 ```
 vllm serve TARGET --speculative-config '{"model": "THIS_DIRECTORY", "method": "medusa", \\
   "num_speculative_tokens": NUM_HEADS}'
-```
+```"""
 
-NUM_HEADS is `num_heads` of `config.json`."""
+    def how_to_serve(self, config: MedusaDraftConfig, origin: DraftOrigin) -> str:
+        del origin
+        return self.serving.replace("NUM_HEADS", str(config.num_heads))
 
     def config(self, config: MedusaDraftConfig, origin: DraftOrigin) -> dict[str, Any]:
         del origin

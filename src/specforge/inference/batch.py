@@ -1,7 +1,8 @@
 """HFBatchSession: the target of ``HFTargetEngine`` decoding several sequences, each with a length of its own.
 
-All sequences take part in a forward, in one padded batch over one cache. What a sequence gets differs from what it gets
-alone by rounding only: its padding and the other sequences are masked.
+Prompts are read one by one, since a padded batch of them would have masks of n * m * m. After that all sequences take
+part in a forward, in one padded batch over one cache. What a sequence gets differs from what it gets alone by rounding
+only: its padding and the other sequences are masked.
 
 Legend: n sequences, m tokens of a sequence at most, R tokens of all, H hidden size, V vocabulary, D width of a feature.
 """
@@ -54,12 +55,17 @@ class HFBatchSession:
             raise ValueError(f"{first} + {len(prompts)} sequences do not fit a session of {self._cache.num_sequences}")
         if not all(prompts):
             raise DataError("a prompt has no tokens; expected at least one")
-        self._lengths += [0] * len(prompts)
-        last, features = self._run(first, prompts, [None] * len(prompts))
-        rows = torch.arange(len(prompts), device=last.device)
-        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=last.device)
-        # a vocabulary's logits of every prompt token would be the largest tensor of all
-        return target_logits(self._engine.tables, last[rows, ends]), features
+        ends: list[Tensor] = []
+        parts: dict[str, list[Tensor]] = {}
+        for number, prompt in enumerate(prompts, start=first):
+            self._lengths.append(0)
+            last, features = self._run(number, [prompt], [None])
+            # a vocabulary's logits of every prompt token would be the largest tensor of all
+            ends.append(last[0, -1])
+            for name, rows in features.items():
+                parts.setdefault(name, []).append(rows)
+        logits = target_logits(self._engine.tables, torch.stack(ends))
+        return logits, {name: torch.cat(rows) for name, rows in parts.items()}
 
     def forward(
         self, token_ids: Sequence[Sequence[int]], parents: Sequence[Sequence[int] | None] | None = None

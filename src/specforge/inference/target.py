@@ -149,7 +149,7 @@ def _required(fields: dict[str, Any], name: str, directory: Path) -> int:
     return value
 
 
-def _rope(fields: dict[str, Any]) -> tuple[float, dict[str, float | str] | None]:
+def _rope(fields: dict[str, Any]) -> tuple[float, dict[str, bool | int | float | str] | None]:
     """RoPE base and scaling in the ``rope_parameters`` form of transformers 5 (which converts older configs).
 
     Models with one set a layer type answer with that of full attention. A scaling that needs lists (``longrope``)
@@ -159,14 +159,14 @@ def _rope(fields: dict[str, Any]) -> tuple[float, dict[str, float | str] | None]
     if "full_attention" in parameters:
         parameters = parameters["full_attention"] or {}
     theta = float(parameters.get("rope_theta") or fields.get("rope_theta") or 10_000.0)
-    kind = parameters.get("rope_type", "default")
-    scaling: dict[str, float | str] = {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    scaling: dict[str, bool | int | float | str] = {}
     for name, value in parameters.items():
         if name in ("rope_theta", "partial_rotary_factor") or value is None:
             continue
         if isinstance(value, list | dict):
             return theta, None
-        scaling[name] = value if isinstance(value, str) else float(value)
+        scaling[name] = value  # readers of an export want whole numbers and booleans as they were
     return theta, None if kind == "default" else scaling
 
 

@@ -55,6 +55,7 @@ class BatchAttention:
     positions: Tensor
     slots: Tensor
     _visible: _Visible
+    _is_beginning: bool
 
     @classmethod
     def of(
@@ -76,15 +77,20 @@ class BatchAttention:
                 positions[row, : len(tree)] = columns[row, start:end] = attention.positions
                 visible[row, : len(tree)] = False
                 visible[row, : len(tree), :end] = attention.visible
-        return cls(positions, slots, _Visible(visible, positions, columns))
+        is_beginning = len(starts) == 1 and starts[0] == 0 and parents[0] is None
+        return cls(positions, slots, _Visible(visible, positions, columns), is_beginning)
 
     @property
     def num_slots(self) -> int:
         """W, the slots that the new tokens may see."""
         return self._visible.rows.shape[2]
 
-    def mask(self, config: Any, dtype: torch.dtype, device: torch.device) -> Tensor | dict[str, Tensor]:
-        """As :meth:`TreeAttention.mask`, [n, 1, m, W]."""
+    def mask(self, config: Any, dtype: torch.dtype, device: torch.device) -> Tensor | dict[str, Tensor] | None:
+        """As :meth:`TreeAttention.mask`, [n, 1, m, W]; ``None`` for the beginning of one sequence, which the model
+        masks itself.
+        """
+        if self._is_beginning:
+            return None
         return _masks(config, self._visible, dtype, device)
 
 

@@ -10,7 +10,12 @@ from typing import Any
 Hyperparameter = str | float | bool | None
 
 EVALUATION_PREFIX = "eval/"
-_URL_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):[^/@\s]*@")
+_USER_INFO = re.compile(r"(?<=://)[^/?#\s\"']*@")
+_SECRET_VALUE = re.compile(
+    r"""([?&;](?:[^=&;\#\s"']*(?:token|secret|passw|credential|signature|api[-_]?key|access[-_]?key)[^=&;\#\s"']*
+    |key|auth|sig|pwd)=)[^&;\#\s"']*""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 def tracked_name(metric: str) -> str:
@@ -26,19 +31,19 @@ def event_text(fields: Mapping[str, str | float | bool | None]) -> str:
 def hyperparameters(configuration: Mapping[str, Any]) -> dict[str, Hyperparameter]:
     """The options of a run by their dotted keys; ``configuration`` is nested and holds what JSON can hold.
 
-    A run's configuration has no field for a secret; a password in a URL of an option that a plug-in brings is cut out.
-    Lists become JSON.
+    A run's configuration has no field for a secret. Of a URL in an option that a plug-in brings, the user and password
+    and the values of keys such as ``token`` are cut out. Lists become JSON.
     """
     flat: dict[str, Hyperparameter] = {}
     for name, value in configuration.items():
         if isinstance(value, Mapping):
             flat.update({f"{name}.{below}": leaf for below, leaf in hyperparameters(value).items()})
         elif isinstance(value, list | tuple):
-            flat[name] = _without_password(json.dumps(value))
+            flat[name] = _without_secrets(json.dumps(value))
         else:
-            flat[name] = _without_password(value) if isinstance(value, str) else value
+            flat[name] = _without_secrets(value) if isinstance(value, str) else value
     return flat
 
 
-def _without_password(text: str) -> str:
-    return _URL_PASSWORD.sub(r"\1:***@", text)
+def _without_secrets(text: str) -> str:
+    return _SECRET_VALUE.sub(r"\1***", _USER_INFO.sub("***@", text))

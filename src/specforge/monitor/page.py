@@ -25,7 +25,19 @@ def render_page(template: str, **values: Any) -> str:
 
 def write_page(path: Path, page: str) -> None:
     """Write ``page`` to ``path``, whole or not at all."""
+    partial = _partial(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise the ``OSError`` that :func:`write_page` would, of a directory or a name that does not work."""
+    partial = _partial(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+    partial.unlink()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")

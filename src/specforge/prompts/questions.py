@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from specforge.errors import DataError
 from specforge.prompts.chat import ChatEncoder
-from specforge.prompts.sources import Message, SourceSample, numbered_lines, parse_object, parse_row
+from specforge.prompts.sources import Message, SourceSample, check_characters, numbered_lines, parse_object, parse_row
 from specforge.prompts.tasks import template_text
 
 if TYPE_CHECKING:
@@ -113,12 +113,15 @@ class QuestionEncoder:
         return ids
 
 
-def read_questions(path: Path) -> list[Question]:
-    """All questions of a file. Raises :class:`DataError` that names file and place."""
+def read_questions(path: Path, default_category: str | None = None) -> list[Question]:
+    """All questions of a file. Raises :class:`DataError` that names file and place.
+
+    ``default_category`` is of rows that name none (``None``: the file's name without its ending).
+    """
     questions = []
     for place, row in _rows(path):
         try:
-            questions.append(question_of(row, place, path.stem))
+            questions.append(question_of(row, place, default_category or path.stem))
         except DataError as error:
             raise DataError(f"{path} line {place}: {error}") from None
     if not questions:
@@ -191,8 +194,15 @@ def _array(path: Path) -> list[dict[str, Any]]:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise DataError(f"{path}: a JSON array of objects was expected ({error})") from None
+    except RecursionError:
+        raise DataError(f"{path}: the JSON is nested too deeply") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: a JSON array of objects was expected, but some of its items are no objects")
+    for place, row in enumerate(rows, start=1):
+        try:
+            check_characters(row)
+        except DataError as error:
+            raise DataError(f"{path} line {place}: {error}") from None
     return rows
 
 

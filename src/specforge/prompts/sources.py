@@ -85,11 +85,18 @@ def parse_object(line: bytes) -> dict[str, Any]:
         raise DataError("the JSON is nested too deeply") from None
     if not isinstance(row, dict):
         raise DataError(f"one JSON object a line was expected, got {_kind(row)}")
+    check_characters(row)
+    return row
+
+
+def check_characters(row: dict[str, Any]) -> None:
+    """Raise :class:`DataError` for a text in ``row`` that UTF-8 cannot hold, and for too deep an object."""
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise DataError("a text holds half of a surrogate pair, which is no Unicode character") from None
-    return row
+    except RecursionError:
+        raise DataError("the JSON is nested too deeply") from None
 
 
 def parse_row(row: dict[str, Any], data_format: str = "auto") -> SourceSample:

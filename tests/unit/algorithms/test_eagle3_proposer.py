@@ -1,5 +1,7 @@
 """Training equals inference, and how proposals of a chain come about."""
 
+import copy
+
 import pytest
 import torch
 
@@ -49,6 +51,33 @@ def test_step_k_of_the_unroll_equals_teacher_forced_decoding(lab, pack, eagle3, 
                 got = proposer.speculate(ids[j + 1 + k])
                 torch.testing.assert_close(got, logits[k][start + j], rtol=0, atol=5e-6)
         start += length
+
+
+def test_proposers_of_a_draft_share_its_weights_until_these_change(lab, eagle3):
+    algorithm, tables = eagle3(), lab.tables()
+    draft, document = lab.draft(algorithm, tables), lab.document(12)
+    ids, aux = document["ids"].tolist(), document["aux"][:11]
+    first, second = (algorithm.proposer(draft, tables) for _ in range(2))
+    assert first._step is second._step
+    first.reset()
+    assert first._step is second._step
+    assert algorithm.proposer(lab.draft(algorithm, tables), tables)._step is not first._step
+    before = first.append_true_rows(aux, ids[1:12])
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=0.1)
+    for parameter in draft.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for change in (
+        lambda: None,
+        lambda: draft.load_state_dict({name: tensor * 1.5 for name, tensor in draft.state_dict().items()}),
+        lambda: draft.load_state_dict({name: tensor * 2 for name, tensor in draft.state_dict().items()}, assign=True),
+    ):
+        change()
+        first.reset()
+        found = first.append_true_rows(aux, ids[1:12])
+        assert not torch.equal(found, before)
+        assert torch.equal(found, algorithm.proposer(copy.deepcopy(draft), tables).append_true_rows(aux, ids[1:12]))
+        before = found
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])

@@ -83,12 +83,23 @@ def test_batch_sizes_that_are_none_are_refused(text):
         (["--batch-size", "2,2"], "batch_sizes should differ, got 2, 2"),
         (["--as-text", "--chat-template", __file__], "as_text is for questions without a chat template"),
         (["--html", "."], "--html . is a directory"),
+        (["--html", f"{__file__}/page.html"], "page.html cannot be written (File exists); give another file"),
     ],
 )
 def test_options_that_cannot_be_are_refused(evaluate, arguments, sentence):
     code, out, err = evaluate(*arguments)
     assert (code, out) == (2, "")
     assert sentence in err
+
+
+def test_report_is_printed_where_the_page_cannot_be_written(evaluate, monkeypatch, tmp_path):
+    def full(path, report, title):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("specforge.monitor.evaluation.write_evaluation", full)
+    code, out, err = evaluate("--html", str(tmp_path / "page.html"), "--json", num_rounds=1)
+    assert (code, json.loads(out)["num_rounds"]) == (2, 1)
+    assert "could not be written (No space left on device); the report is on standard output" in err
 
 
 def test_draft_is_measured_on_question_files(tmp_path, tiny_target_dir, capsys):
@@ -114,6 +125,9 @@ def test_draft_is_measured_on_question_files(tmp_path, tiny_target_dir, capsys):
     assert "gsm8k" in shown
     assert "total" in shown
     assert "Batch size 3" in page.read_text()
+    assert "(-)" in shown  # the speed-up of a category at batch size 3
+    assert left(*arguments[:-1], "7", "--json") == 2
+    assert "a batch size of 7 was asked for, but there are 6 prompts" in capsys.readouterr().err
     assert left(*arguments, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["lossless"] is True
@@ -121,6 +135,13 @@ def test_draft_is_measured_on_question_files(tmp_path, tiny_target_dir, capsys):
     assert list(found["by_batch_size"]) == ["1", "3"]
     assert set(found["by_category"]) == {"writing", "roleplay", "reasoning", "gsm8k"}
     assert found["num_prompts"] == len(found["prompts"]) == 6
+    assert [found["settings"][name] for name in ("draft_step", "threads")] == [2, 1]
+    assert len(found["settings"]["target_revision"]) == 64
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps(found))
+    exporting = ["export", "--checkpoint", str(tmp_path / "run"), "--accepted-length-from", str(report)]
+    assert left(*exporting, "--out", str(tmp_path / "out")) == 0
+    assert f"{len(found['prompts'])} prompts of mt_bench.jsonl, gsm8k.jsonl" in (tmp_path / "out/README.md").read_text()
     assert {"accepted_length_ci95", "speed_up_ci95", "acceptance_per_position", "num_near_ties"} <= set(found)
 
 

@@ -147,6 +147,11 @@ def test_outcome_has_every_batch_size_and_category(target: HFTargetEngine):
     low, high = report["accepted_length_ci95"]
     assert low <= report["accepted_length_mean"] <= high
     assert [row["category"] for row in report["prompts"]] == categories
+    assert [row.batch for row in outcomes[1].report.prompts] == [0, 0, 0, 0, 1]
+    at_four = report["by_batch_size"]["4"]
+    assert at_four["speed_up_ci95"] is not None
+    assert [at_four["by_category"][name]["speed_up_ci95"] for name in "ab"] == [None, None]
+    assert None not in [report["by_category"][name]["speed_up_ci95"] for name in "ab"]
     assert all(row["equal"] for row in report["prompts"])
 
 

@@ -17,7 +17,7 @@ from specforge.evaluation.config import EvaluationConfig
 from specforge.evaluation.report import SpeculativeReport
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.target import load_tokenizer
-from specforge.launch.evaluate import decode, load_prompts, sampling_of
+from specforge.launch.evaluate import check_batch_sizes, decode, default_categories, load_prompts, sampling_of
 from specforge.testing.drafting import make_drafting
 
 TREE = {"top_k": 2, "depth": 1, "num_nodes": 6}
@@ -92,6 +92,10 @@ def test_files_of_prompts_are_taken_from_the_folder_of_the_run(tmp_path: Path):
     assert EvaluationConfig(batch_sizes=4).batch_sizes == (4,)
 
 
+def room_for(num_tokens: int) -> Any:
+    return SimpleNamespace(max_position_embeddings=num_tokens, vocab_size=100_000)
+
+
 def test_prompts_that_leave_no_room_for_an_answer_are_left_out(
     tmp_path: Path, tiny_target_dir: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -99,13 +103,37 @@ def test_prompts_that_leave_no_room_for_an_answer_are_left_out(
     file.write_text("".join(json.dumps({"instruction": "add " * count}) + "\n" for count in (1, 90, 2)))
     tokenizer = load_tokenizer(tiny_target_dir)
     options = EvaluationConfig(prompts=file, max_new_tokens=10)
-    longest = max(len(prompt.input_ids) for prompt in load_prompts(options, tokenizer, 10_000))
-    found = load_prompts(options, tokenizer, longest + 9)
+    longest = max(len(prompt.input_ids) for prompt in load_prompts(options, tokenizer, room_for(10_000)))
+    found = load_prompts(options, tokenizer, room_for(longest + 9))
     assert [(prompt.line, prompt.category) for prompt in found] == [(1, "prompts"), (3, "prompts")]
     assert "1 prompts were left out: with 10 new tokens" in caplog.text
-    assert len(load_prompts(options, tokenizer, longest + 10)) == 3
+    assert len(load_prompts(options, tokenizer, room_for(longest + 10))) == 3
     with pytest.raises(DataError, match="no prompt is left, 3 prompts were left out"):
-        load_prompts(options, tokenizer, 12)
+        load_prompts(options, tokenizer, room_for(12))
+
+
+def test_token_ids_that_the_target_does_not_know_are_named_with_their_place(tmp_path: Path, tiny_target_dir: Path):
+    file = tmp_path / "recorded.jsonl"
+    rows = [{"input_ids": ids, "loss_spans": []} for ids in ([1, 2], [3, 512, 4])]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target = SimpleNamespace(max_position_embeddings=100, vocab_size=512)
+    with pytest.raises(DataError, match=r"recorded\.jsonl line 2: .* token id 512, .* vocabulary of 512 tokens"):
+        load_prompts(EvaluationConfig(prompts=file), load_tokenizer(tiny_target_dir), target)  # type: ignore[arg-type]
+
+
+def test_files_of_one_name_have_categories_of_their_own_and_no_file_counts_twice(tmp_path: Path):
+    paths = [tmp_path / name for name in ("a/test.jsonl", "b/test.jsonl", "other.jsonl", "b/test.json")]
+    assert default_categories(paths[1:3]) == ["test", "other"]
+    assert default_categories(paths[:3]) == ["a/test", "b/test", "other"]
+    assert default_categories([paths[1], paths[3]]) == [str(paths[1]), str(paths[3])]
+    with pytest.raises(ConfigError, match=r"test\.jsonl is given twice"):
+        default_categories([paths[0], tmp_path / "b/../a/test.jsonl"])
+
+
+def test_batch_that_could_never_be_full_is_refused_before_anything_is_built(evaluated: Callable[..., Any]):
+    check_batch_sizes((1, 32), 32)
+    with pytest.raises(ConfigError, match="batch size of 1000000000 was asked for, but there are 1 prompts"):
+        evaluated("eagle3", batch_sizes=10**9)
 
 
 def test_tree_of_the_command_line():

@@ -292,7 +292,7 @@ def test_ties_go_to_the_lowest_id():
 
 
 def test_report_without_a_round_is_shown_without_an_accepted_length(capsys: pytest.CaptureFixture[str]):
-    row = DecodedPrompt(3, (1, 2), (1, 2), 1.0, 1.0, (), None, False)
+    row = DecodedPrompt(3, 0, (1, 2), (1, 2), 1.0, 1.0, (), None, False)
     report = summarise([row], 4, judged=True).to_dict()
     del report["prompts"]
     assert (report["accepted_length_mean"], report["acceptance_per_position"]) == (None, ())
@@ -307,7 +307,7 @@ def test_report_without_a_round_is_shown_without_an_accepted_length(capsys: pyte
 def test_rates_are_sums_before_ratios():
     def row(num_tokens: int, seconds: float, accepted: tuple[int, ...]) -> DecodedPrompt:
         tokens = tuple(range(num_tokens))
-        return DecodedPrompt(3, tokens, tokens, seconds, seconds / 2, accepted, None, False)
+        return DecodedPrompt(3, 0, tokens, tokens, seconds, seconds / 2, accepted, None, False)
 
     report = summarise([row(11, 1.0, (0, 2)), row(31, 3.0, (2,))], 2, judged=True)
     assert report.tokens_per_second_plain == 10.0

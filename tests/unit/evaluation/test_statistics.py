@@ -54,12 +54,13 @@ def test_figure_that_most_resamples_lack_has_no_interval():
     assert Bootstrap(4).interval(counted, lambda sums: sums[0] / sums[1]) is None
 
 
-def test_report_has_intervals_of_its_figures():
-    def row(seconds: float, accepted: tuple[int, ...]) -> DecodedPrompt:
-        tokens = tuple(range(11))
-        return DecodedPrompt(3, tokens, tokens, 1.0, seconds, accepted, None, False)
+def row(seconds: float, accepted: tuple[int, ...], batch: int = 0) -> DecodedPrompt:
+    tokens = tuple(range(11))
+    return DecodedPrompt(3, batch, tokens, tokens, 1.0, seconds, accepted, None, False)
 
-    report = summarise([row(0.5, (0, 2)), row(0.25, (2, 2, 1)), row(0.4, (1,))], 2, judged=True)
+
+def test_report_has_intervals_of_its_figures():
+    report = summarise([row(0.5, (0, 2), 0), row(0.25, (2, 2, 1), 1), row(0.4, (1,), 2)], 2, judged=True)
     assert report.accepted_length_ci95 == pytest.approx((2.0, 1 + 5 / 3))
     assert report.speed_up_ci95 == pytest.approx((2.0, 4.0))
     low, high = report.acceptance_per_position_ci95[0] or (None, None)
@@ -68,3 +69,13 @@ def test_report_has_intervals_of_its_figures():
     nothing = summarise([row(0.5, ()), row(0.5, ())], 2, judged=True)
     assert nothing.accepted_length_ci95 is None
     assert nothing.acceptance_per_position_ci95 == ()
+
+
+def test_speed_up_is_resampled_by_batch_because_prompts_of_one_share_its_seconds():
+    """Two batches of eight whose prompts all took the same: as uncertain as two prompts, not as sixteen."""
+    batches = [row(0.5, (1,), 0)] * 8 + [row(0.25, (1,), 1)] * 8
+    found = summarise(batches, 2, judged=True)
+    assert found.speed_up_ci95 == pytest.approx((2.0, 4.0))
+    assert found.accepted_length_ci95 == (2.0, 2.0)
+    assert summarise(batches[:8], 2, judged=True).speed_up_ci95 is None
+    assert summarise(batches, 2, judged=True, whole_batches=False).speed_up_ci95 is None

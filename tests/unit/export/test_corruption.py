@@ -141,6 +141,56 @@ def test_map_that_holds_ids_instead_of_offsets_is_refused(tmp_path: Path, monkey
         verify_export(tmp_path / "out", draft_of(record), tables())
 
 
+@pytest.mark.parametrize("missing", ["d2t", "t2d"])
+def test_one_map_without_the_other_is_refused(tmp_path: Path, missing: str):
+    exported(trained("eagle3", **PRUNED), tmp_path / "out", "hf")
+    edit_tensors(tmp_path / "out", lambda tensors: {name: it for name, it in tensors.items() if name != missing})
+    with pytest.raises(DraftError, match="alone; expected both d2t and t2d, or neither"):
+        read_export(tmp_path / "out")
+    edit_tensors(tmp_path / "out", lambda tensors: {name: it for name, it in tensors.items() if "2" not in name})
+    with pytest.raises(DraftError, match="lacks the tensor 't2d'"):
+        read_export(tmp_path / "out").build(tables())
+    edit_tensors(tmp_path / "out", lambda tensors: {**tensors, "d2t": torch.tensor(1), "t2d": torch.tensor(True)})
+    with pytest.raises(DraftError, match="d2t has 0 dimensions"):
+        read_export(tmp_path / "out")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False}
+ROTARY_PAIRS = [("eagle3", "sglang"), ("eagle3", "vllm"), ("dflash", "vllm"), ("mtp", "hf")]
+
+
+@pytest.mark.parametrize(("algorithm", "to"), ROTARY_PAIRS)
+@pytest.mark.parametrize("key", ["factor", "rope_type", "rope_theta"])
+def test_rotary_settings_that_differ_between_readers_are_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, to: str, key: str
+):
+    def change(served: dict[str, Any]) -> dict[str, Any]:
+        nested = {name: change(inner) if isinstance(inner, dict) else inner for name, inner in served.items()}
+        if "rope_parameters" in served:
+            nested["rope_parameters"] = {**served["rope_parameters"], key: 2.0}
+        return nested
+
+    record = trained(algorithm, replace(TARGET, rope_scaling=YARN))
+    exported(record, tmp_path / "right", to)
+    assert read_export(tmp_path / "right").config.rope_scaling == YARN
+    if to == "hf":
+        wrong = replace(FORMATS["hf"], any_other=mistaken("hf", algorithm, "config", change).layouts[algorithm])
+    else:
+        wrong = mistaken(to, algorithm, "config", change)
+    monkeypatch.setitem(FORMATS, to, wrong)
+    write_export(record, TARGET, wrong, tmp_path / "out")
+    with pytest.raises(DraftError, match="would take the draft's rope_"):
+        read_export(tmp_path / "out")
+
+
+def test_old_name_of_the_rotary_type_reaches_every_reader(tmp_path: Path):
+    old = {"type": "linear", "factor": 2.0}
+    served = exported(trained("eagle3", replace(TARGET, rope_scaling=old)), tmp_path / "out")
+    assert served["rope_scaling"] == old
+    assert served["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 500_000.0}
+    assert read_export(tmp_path / "out").config.rope_scaling == old
+
+
 @pytest.mark.parametrize(("algorithm", "to"), [*EAGLE_PAIRS, ("medusa", "vllm")])
 def test_changed_row_of_a_head_is_found_out(tmp_path: Path, algorithm: str, to: str):
     record = trained(algorithm)

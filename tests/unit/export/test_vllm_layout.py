@@ -49,6 +49,15 @@ def test_eagle3_layer_is_layer_zero_and_maps_are_of_pruned_vocabularies_alone(tm
 
 
 @pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [("eagle3", {}), ("eagle3", {"ttt_steps": 3}), ("peagle", {"num_depths": 4}), ("dflash", {}), ("dspark", {})],
+)
+def test_card_asks_for_as_many_proposals_as_the_configuration(tmp_path: Path, algorithm: str, options: dict[str, Any]):
+    served = exported(trained(algorithm, **options), tmp_path / "out", "vllm")
+    assert f'"num_speculative_tokens": {proposals(served)}' in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"architecture": "qwen3"},

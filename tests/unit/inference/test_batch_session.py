@@ -59,6 +59,29 @@ def test_sequences_of_a_batch_decode_as_each_alone(target_dir: Callable[[str], P
         assert_like_alone(engine, prefix, following[number], *found)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_prompts_are_read_one_by_one_without_padding_or_masks(
+    target_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, architecture: str
+):
+    engine = HFTargetEngine(target_dir(architecture))
+    lengths, forward = [], engine.forward_batch
+
+    def counted(rows, cache, attention, spec):
+        lengths.append([len(row) for row in rows])
+        assert attention.mask(engine._backbone.config, engine.dtype, engine.device) is None
+        return forward(rows, cache, attention, spec)
+
+    monkeypatch.setattr(engine, "forward_batch", counted)
+    session = engine.batch_session(SPEC, 3)
+    logits, features = session.admit(PROMPTS)
+    assert lengths == [[11], [1], [5]]
+    for number, prompt in enumerate(PROMPTS):
+        expected, rows = engine.session(SPEC).forward(prompt)
+        torch.testing.assert_close(logits[number], expected[-1], rtol=0, atol=1e-6)
+        own = features["aux"].split([len(it) for it in PROMPTS])[number]
+        assert torch.equal(own, rows["aux"])
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt2"])
 @pytest.mark.parametrize("path", [[0], [0, 2, 5], [0, 1, 3, 6, 7]])
 def test_tree_beside_a_chain_keeps_its_path(target_dir: Callable[[str], Path], architecture: str, path: list[int]):

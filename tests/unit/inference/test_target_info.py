@@ -71,6 +71,19 @@ def test_old_and_new_forms_of_rope_scaling_give_the_same_facts(target_dir: Targe
         assert info.rope_scaling == scaling
 
 
+def test_numbers_of_the_rope_scaling_stay_whole_numbers_and_booleans(target_dir: TargetDir, tmp_path: Path):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
+    directory = copied(target_dir("llama"), tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_theta": 5e5, **scaling}}))
+    info = read_target_info(directory)
+    found = loads(TargetInfo, dumps(info)).rope_scaling
+    assert found is not None
+    assert {name: (type(value), value) for name, value in found.items() if name in scaling} == {
+        name: (type(value), value) for name, value in scaling.items()
+    }
+
+
 def test_stop_tokens_of_the_generation_config_win(target_dir: TargetDir, tmp_path: Path):
     directory = copied(target_dir("llama"), tmp_path)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 5]}))

@@ -191,10 +191,14 @@ def test_options_are_flat_and_hold_no_password():
     nested = {
         "training": {"lr": 1e-3, "betas": [0.9, 0.95], "note": None},
         "plugin": {"url": "postgresql://me:secret@host:5432/db", "hosts": ["http://me:secret@a/", "http://b:80/x@y"]},
+        "url": "https://me:half@secret@host/a?design=1&api_token=secret&key=secret#end",
+        "user": "https://secret@host",
     }
     flat = hyperparameters(nested)
     assert flat["training.lr"] == 1e-3
     assert flat["training.betas"] == "[0.9, 0.95]"
     assert flat["training.note"] is None
-    assert flat["plugin.url"] == "postgresql://me:***@host:5432/db"
-    assert json.loads(flat["plugin.hosts"]) == ["http://me:***@a/", "http://b:80/x@y"]
+    assert flat["plugin.url"] == "postgresql://***@host:5432/db"
+    assert json.loads(flat["plugin.hosts"]) == ["http://***@a/", "http://b:80/x@y"]
+    assert flat["url"] == "https://***@host/a?design=1&api_token=***&key=***#end"
+    assert flat["user"] == "https://***@host"

@@ -117,6 +117,8 @@ def test_files_that_are_no_list_of_questions_are_refused(tmp_path: Path):
         (b"", "the file is empty"),
         (b"[]", "the file is empty"),
         (b"[1, 2]", "items are no objects"),
+        (rb'[{"text": "fine"}, {"text": "\ud800"}]', "line 2: a text holds half of a surrogate pair"),
+        (b"[" * 100_000, "nested too deeply"),
         (b"[{]", "a JSON array of objects was expected"),
         (b"\x1f\x8b\x08abc", "unpack it with gunzip"),
         (b"no json\n", "line 1: one JSON object a line was expected"),

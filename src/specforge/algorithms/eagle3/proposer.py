@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specforge.algorithms.base import DraftRequest, Proposal, Proposer, Sampling, TargetTables, TreeShape
 from specforge.algorithms.eagle3.model import Eagle3Draft
-from specforge.algorithms.eagle3.step import Angles, layer_step
+from specforge.algorithms.eagle3.step import Angles, shared_step
 from specforge.algorithms.eagle3.tree import Beam, TreeGrowth
 from specforge.algorithms.parts.sampling import distribution, draw
 from specforge.algorithms.parts.vocabulary import target_ids
@@ -29,7 +29,9 @@ INITIAL_ROWS = 256
 
 
 class Eagle3Proposer(Proposer):
-    """Chains, greedy or drawn, and trees. The draft's weights are read when a sequence starts (:meth:`reset`)."""
+    """Chains, greedy or drawn, and trees. The draft's weights are read when a sequence starts (:meth:`reset`), and only
+    once by all proposers of the draft.
+    """
 
     drafts_trees = True
 
@@ -45,7 +47,7 @@ class Eagle3Proposer(Proposer):
     @torch.inference_mode()
     def reset(self) -> None:
         self._target_ids = target_ids(self.draft.d2t)
-        self._step = layer_step(self.draft)
+        self._step = shared_step(self.draft)
         self._num_true = 0
         self._num_rows = 0
         self._grow(max(INITIAL_ROWS, len(self._keys)))

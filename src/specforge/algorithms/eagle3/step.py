@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,36 @@ class LayerStep(Protocol):
 
     def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
         """Output projection and MLP onto ``residual`` [R, H], with ``attended`` [R, n*e]: the layer's output [R, H]."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A step, and the layer's parameters that it was read from with their versions at that time.
+
+    The parameters are held, so that no other tensor can be taken for one of them.
+    """
+
+    step: LayerStep
+    versions: tuple[tuple[Tensor, int, int], ...]
+
+
+_READ: WeakKeyDictionary[Eagle3Draft, _Read] = WeakKeyDictionary()
+
+
+def shared_step(draft: Eagle3Draft) -> LayerStep:
+    """The step of ``draft`` with its weights as they are now: the same one until they change."""
+    parameters = list(draft.midlayer.parameters())
+    if any(parameter.is_inference() for parameter in parameters):  # these do not count their changes
+        return layer_step(draft)
+    versions = tuple((parameter, parameter.data_ptr(), parameter._version) for parameter in parameters)
+    known = _READ.get(draft)
+    if known is None or len(known.versions) != len(versions) or not all(map(_is_same, known.versions, versions)):
+        known = _READ[draft] = _Read(layer_step(draft), versions)
+    return known.step
+
+
+def _is_same(left: tuple[Tensor, int, int], right: tuple[Tensor, int, int]) -> bool:
+    return left[0] is right[0] and left[1:] == right[1:]
 
 
 def layer_step(draft: Eagle3Draft) -> LayerStep:
