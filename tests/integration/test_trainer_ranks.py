@@ -1,7 +1,9 @@
 """Every algorithm on two and four gloo ranks against one process; checkpoints that change the number of ranks."""
 
+import functools
 import math
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -10,25 +12,37 @@ from rank_training import LENGTHS, Training, train, train_on
 from specforge.algorithms.catalog import ALGORITHMS
 from specforge.testing.algorithm_world import SMALL_OPTIONS
 from specforge.training.checkpoint import newest_whole
+from specforge.training.optimizer import OptimizerKind
 from specforge.training.ranks import Ranks
+from specforge.training.schedule import ScheduleKind
 from specforge.training.sharding import Sharding
 
 CASES = [case for case in SMALL_OPTIONS if case.partition("-")[0] in ALGORITHMS]
+VARIANTS = [case for case in CASES if case not in ALGORITHMS]
+EVERY_ALGORITHM = [case for case in CASES if case in ALGORITHMS]
 SHARDINGS = {"shard": Sharding("shard"), "replicate": Sharding("replicate"), "hybrid": Sharding("hybrid", 2)}
 COUNTED = ("num_tokens", "num_nonfinite_samples", "num_skipped_updates")
 
 
 @pytest.fixture(scope="module")
 def alone():
-    """Fifty steps of every case in one process."""
-    return {case: train(Ranks(), Training(case)) for case in CASES}
+    """Fifty steps of a case in one process."""
+    return functools.cache(lambda case: train(Ranks(), Training(case)))
+
+
+def on_two_ranks(directory, cases):
+    """The same on two ranks, by case: the records of both."""
+    return dict(zip(cases, train_on(2, directory, [Training(case) for case in cases]), strict=True))
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """The same on two ranks, by case: the records of both."""
-    directory = tmp_path_factory.mktemp("two")
-    return dict(zip(CASES, train_on(2, directory, [Training(case) for case in CASES]), strict=True))
+    return on_two_ranks(tmp_path_factory.mktemp("two"), EVERY_ALGORITHM)
+
+
+@pytest.fixture(scope="module")
+def variants_together(tmp_path_factory):
+    return on_two_ranks(tmp_path_factory.mktemp("variants"), VARIANTS)
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +74,31 @@ def assert_same_gradients(found, expected):
     assert off < 1e-6 * norm, (off, norm)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_ALGORITHM)
 def test_two_ranks_train_as_one_process_does(together, alone, case):
-    assert_same_training(together[case], alone[case])
+    assert_same_training(together[case], alone(case))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", VARIANTS)
+def test_two_ranks_train_variants_as_one_process_does(variants_together, alone, case):
+    assert_same_training(variants_together[case], alone(case))
+    assert_reduced_once(variants_together[case])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 def test_four_ranks_train_as_one_process_does_sharded_replicated_and_hybrid(by_four, alone, case):
-    assert_same_training(by_four[case], alone[case])
+    assert_same_training(by_four[case], alone(case))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_ALGORITHM)
 def test_every_gradient_is_reduced_exactly_once_an_optimizer_step(together, case):
-    for recorded in together[case]:
+    assert_reduced_once(together[case])
+
+
+def assert_reduced_once(ranks):
+    for recorded in ranks:
         num_learning = len(recorded.first_gradients)
         for reductions in recorded.reductions:
             assert len(reductions) == len(set(reductions)) == num_learning
@@ -82,6 +107,16 @@ def test_every_gradient_is_reduced_exactly_once_an_optimizer_step(together, case
 def test_all_ranks_end_with_the_same_weights(together):
     for first, second in together.values():
         assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+@pytest.mark.full
+def test_muon_on_shards_trains_as_in_one_process(tmp_path):
+    """Every kind of matrix that a draft has, those of one row too."""
+    trainings = [Training(case, optimizer="muon", last_step=8) for case in CASES]
+    for training, ranks in zip(trainings, train_on(2, tmp_path, trainings), strict=True):
+        expected = [scalars["loss"] for scalars in train(Ranks(), training).scalars]
+        for recorded in ranks:
+            assert [scalars["loss"] for scalars in recorded.scalars] == pytest.approx(expected, rel=1e-3), training.case
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +143,15 @@ def test_a_checkpoint_of_two_ranks_is_resumed_on_another_number(interrupted, tmp
     assert newest_whole(tmp_path / "checkpoints").position.num_slots == 50 * len(LENGTHS)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "inverse_sqrt", "wsd"])
-def test_two_ranks_resume_bit_for_bit(tmp_path, optimizer, schedule):
-    case, options = "dflash", {"optimizer": optimizer, "schedule": schedule, "lr": 1e-2}
-    straight = Training(case, last_step=16, **options)
-    begin = Training(case, tmp_path / "checkpoints", last_step=9, **options)
-    goes_on = Training(case, tmp_path / "checkpoints", 9, 16, **options)
-    whole, _, resumed = train_on(2, tmp_path, [straight, begin, goes_on])
-    for expected, found in zip(whole, resumed, strict=True):
-        assert all(torch.equal(expected.weights[name], found.weights[name]) for name in expected.weights)
+@pytest.mark.parametrize("optimizer", get_args(OptimizerKind))
+def test_two_ranks_resume_bit_for_bit_with_every_schedule(tmp_path, optimizer):
+    trainings = []
+    for schedule in get_args(ScheduleKind):
+        place, options = tmp_path / schedule, {"optimizer": optimizer, "schedule": schedule, "lr": 1e-2}
+        trainings.append(Training("dflash", last_step=16, **options))
+        trainings.append(Training("dflash", place, last_step=9, **options))
+        trainings.append(Training("dflash", place, 9, 16, **options))
+    records = train_on(2, tmp_path, trainings)
+    for whole, resumed in zip(records[0::3], records[2::3], strict=True):
+        for expected, found in zip(whole, resumed, strict=True):
+            assert all(torch.equal(expected.weights[name], found.weights[name]) for name in expected.weights)

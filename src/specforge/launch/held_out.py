@@ -54,10 +54,11 @@ class HeldOutEvaluation:
         self._tasks = held_out_tasks(inputs)
         training = inputs.config.training
         device = resolve_device(training.device)
+        key = held_out_key(inputs, self._tasks)
         self._evaluator = Evaluator(
             trainable.algorithm,
             trainable.tables,
-            held_out_features(inputs, self._tasks, load_target),
+            held_out_features(inputs, self._tasks, key, load_target),
             EvaluatorSettings(
                 self._options.micro_batch_tokens or training.micro_batch_tokens,
                 str(device),
@@ -67,6 +68,7 @@ class HeldOutEvaluation:
         )
         self.every = self._options.every
         self.metric = PREFIX + self._options.best
+        self.key = key.name
 
     def __call__(self, draft: ShardedDraft, step: int) -> dict[str, float]:
         with draft.whole() as whole:
@@ -76,7 +78,7 @@ class HeldOutEvaluation:
             scalars |= self._decoded(draft)
         return scalars
 
-    def is_better(self, value: float, than: float) -> bool:
+    def is_better(self, value: float, than: float | None) -> bool:
         return is_better(self._options.best, value, than)
 
     def _decoded(self, draft: ShardedDraft) -> dict[str, float]:
@@ -121,12 +123,11 @@ def held_out_data(config: RunConfig) -> DataConfig:
     return config.data.model_copy(update=changed)
 
 
-def held_out_features(inputs: RunInputs, tasks: list[PromptTask], load_target: LoadTarget) -> FeatureSet:
-    """Features of ``tasks``: from the cache, or captured now for this run and every later one."""
-    config, options = inputs.config, inputs.config.held_out
-    data = held_out_data(config)
+def held_out_key(inputs: RunInputs, tasks: list[PromptTask]) -> EvalKey:
+    """Everything that the features of ``tasks`` depend on."""
+    config, data = inputs.config, held_out_data(inputs.config)
     device = resolve_device(config.target.device)
-    key = EvalKey(
+    return EvalKey(
         data_sha256=data_sha256(tasks),
         num_samples=len(tasks),
         target_revision=inputs.target.revision,
@@ -137,7 +138,11 @@ def held_out_features(inputs: RunInputs, tasks: list[PromptTask], load_target: L
         spec=inputs.spec,
         max_length=data.max_length,
     )
-    cache = EvalCache(options.cache_dir or default_directory())
+
+
+def held_out_features(inputs: RunInputs, tasks: list[PromptTask], key: EvalKey, load_target: LoadTarget) -> FeatureSet:
+    """Features of ``tasks``: from the cache, or captured now for this run and every later one."""
+    cache = EvalCache(inputs.config.held_out.cache_dir or default_directory())
     return cache.features(key, lambda into: capture_tasks(replace(inputs, tasks=tasks), into, load_target))
 
 

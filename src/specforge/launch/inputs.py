@@ -110,7 +110,7 @@ def read_run_inputs(config: RunConfig) -> RunInputs:
         str(resolve_dtype(config.target.dtype, resolve_device(config.target.device))).removeprefix("torch.")
     ]
     models = ModelFacts(
-        target_bytes=0 if config.data.features else width * count_parameters(inputs.target.path),
+        target_bytes=width * count_parameters(inputs.target.path),
         draft_parameters=draft_config.num_parameters,
     )
     plan = make_plan(config, inputs.target, inputs.spec, facts, models)

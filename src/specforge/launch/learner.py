@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from specforge.algorithms.base import DraftModel, Pace
 from specforge.algorithms.parts.tables import load_target_tables
@@ -120,25 +121,26 @@ def make_checkpointer(config: RunConfig, ranks: Ranks | None = None) -> Checkpoi
 def at_rank(config: RunConfig, local_rank: int, num_ranks: int, num_devices: int) -> RunConfig:
     """``config`` with the devices of one of ``num_ranks`` processes on a host with ``num_devices`` CUDA devices.
 
-    Where a device is left open every rank has one of its own, ``cuda:LOCAL_RANK``.
+    Where a device is left open every rank has one of its own, ``cuda:LOCAL_RANK``: for the draft, and for the target
+    where every rank has that too.
     """
-    training, target = config.training, config.target
     if num_ranks == 1:
         return config
-    if training.device.startswith("cuda:"):
-        raise ConfigError(
-            f"training.device is {training.device}, one device for {num_ranks} train ranks: use auto or cuda, which "
-            "give each rank its own, or cpu"
-        )
-    wants_cuda = training.device == "cuda" or (training.device == "auto" and num_devices > 0)
-    if wants_cuda and num_devices < num_ranks:
-        raise ConfigError(
-            f"{num_ranks} train ranks need a CUDA device each, and this machine has {num_devices}: lower "
-            "launch.num_train_ranks (under torchrun, --nproc-per-node), or set training.device to cpu"
-        )
-    own = f"cuda:{local_rank}"
-    if wants_cuda:
-        training = training.model_copy(update={"device": own})
-    if target.device == "cuda" or (target.device == "auto" and num_devices > 0):
-        target = target.model_copy(update={"device": own})
-    return config.model_copy(update={"training": training, "target": target})
+    found: dict[str, Any] = {}
+    sections = ("training", "target") if config.topology == "colocated" else ("training",)
+    for section in sections:
+        options = getattr(config, section)
+        if options.device.startswith("cuda:"):
+            raise ConfigError(
+                f"{section}.device is {options.device}, one device for {num_ranks} train ranks: use auto or cuda, "
+                "which give each rank its own, or cpu"
+            )
+        wants_cuda = options.device == "cuda" or (options.device == "auto" and num_devices > 0)
+        if wants_cuda and num_devices < num_ranks:
+            raise ConfigError(
+                f"{num_ranks} train ranks need a CUDA device each, and this machine has {num_devices}: lower "
+                f"launch.num_train_ranks (under torchrun, --nproc-per-node), or set {section}.device to cpu"
+            )
+        if wants_cuda:
+            found[section] = options.model_copy(update={"device": f"cuda:{local_rank}"})
+    return config.model_copy(update=found)

@@ -158,7 +158,7 @@ def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: Da
         window_slots=window_slots,
         window_bytes=window_slots * max_sample,
         resident_bytes=resident_bytes,
-        target_bytes=models.target_bytes,
+        target_bytes=captured_by(config, models),
         draft_parameters=models.draft_parameters,
         num_samples=data.num_samples,
         total_slots=total_slots,
@@ -407,6 +407,11 @@ def ledger_place(config: RunConfig) -> dict[str, str | None]:
     return {"ledger_url": ledger.url, "ledger_name": ledger.name or f"specforge_{run_id(config)}"}
 
 
+def captured_by(config: RunConfig, models: ModelFacts) -> int:
+    """Bytes of the target in a process that captures; features that were captured earlier need none."""
+    return 0 if config.data.features is not None else models.target_bytes
+
+
 def _services(kind: str, capacity: int | None) -> tuple[ProcessPlan, ...]:
     """Processes of a managed Mooncake Store; ``capacity`` None: it is not managed."""
     if kind != "mooncake" or capacity is None:
@@ -421,18 +426,25 @@ def _processes(
     config: RunConfig, models: ModelFacts, num_train_bytes: int, num_store_bytes: int
 ) -> tuple[ProcessPlan, ...]:
     threads, device = config.training.threads, config.training.device
-    num_capture_bytes = models.target_bytes + num_store_bytes
+    num_capture_bytes = captured_by(config, models) + num_store_bytes
     names = rank_names(config)
+    # The leader decodes evaluation prompts with a target that it has for the capture, or for this alone.
+    decodes = config.held_out.data is not None and config.held_out.speculative_every > 0
+    has_target = config.topology == "colocated" and config.data.features is None
+    num_decoding_bytes = models.target_bytes if decodes and not has_target else 0
     if config.topology == "colocated" and len(names) == 1:
         roles = ("capture", "controller", "train")
-        return (ProcessPlan("specforge", roles, device, threads, num_train_bytes + num_capture_bytes),)
+        held = num_train_bytes + num_capture_bytes + num_decoding_bytes
+        return (ProcessPlan("specforge", roles, device, threads, held),)
     captures = ("capture",) if config.topology == "colocated" else ()
     held = num_train_bytes + (num_capture_bytes if captures else 0)
     devices = [f"cuda:{rank}" if device == "cuda" and len(names) > 1 else device for rank in range(len(names))]
     leads = ("controller", "control-plane server")
     return (
         *(
-            ProcessPlan(name, (*captures, *(leads if name == names[0] else ()), "train"), at, threads, held)
+            ProcessPlan(name, (*captures, *leads, "train"), at, threads, held + num_decoding_bytes)
+            if name == names[0]
+            else ProcessPlan(name, (*captures, "train"), at, threads, held)
             for name, at in zip(names, devices, strict=True)
         ),
         *(

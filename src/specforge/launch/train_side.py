@@ -37,6 +37,7 @@ from specforge.data_plane.loader import FeatureDataLoader, LoaderSettings, RefSo
 from specforge.data_plane.prefetch import PrefetchIterator
 from specforge.data_plane.retention import RetainingFeatureStore
 from specforge.inference.engine import TargetEngine
+from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.rollout import RolloutSettings, RolloutWorker
 from specforge.launch.engines import load_target
 from specforge.launch.held_out import HeldOutEvaluation
@@ -119,7 +120,9 @@ def build_train_side(
     follows = Follower()
     evaluation = None
     if config.held_out.data is not None:
-        evaluation = HeldOutEvaluation(inputs, trainable, ranks, lambda: load_target(config, inputs.target))
+        # In one process with the capture, its target serves both.
+        here = engine if isinstance(engine, HFTargetEngine) else None
+        evaluation = HeldOutEvaluation(inputs, trainable, ranks, lambda: here or load_target(config, inputs.target))
     around = Surroundings(
         checkpointer, leads.controller if leads else follows, leads.log if leads else follows, ranks, evaluation
     )

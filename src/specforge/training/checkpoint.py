@@ -35,6 +35,10 @@ LATEST, BEST = "latest", "best"
 _NAME = re.compile(r"step-(\d{8})")
 
 
+class UnknownFormat(DraftError):
+    """A checkpoint that another version wrote: not damaged, and not to be replaced."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainPosition:
     """Where training stands: completed optimizer steps, updates dropped for non-finite gradients, samples left out of
@@ -64,14 +68,16 @@ class Provenance:
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
     """What ``state.json`` says. ``files`` are the sizes and hashes of the files beside it, by path; ``ledger`` is what
-    the ledger wanted kept; ``evaluation`` the metrics of the draft at this step, empty where it was not evaluated.
+    the ledger wanted kept; ``evaluation`` the metrics of the draft at this step, empty where it was not evaluated;
+    ``best``: it was the best of the run when it was written.
     """
 
     path: Path
     position: TrainPosition
     provenance: Provenance
     ledger: dict[str, Any]
-    evaluation: dict[str, float]
+    evaluation: dict[str, Any]
+    best: bool
     files: dict[str, dict[str, Any]]
 
 
@@ -87,12 +93,24 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 
 def newest_whole(directory: Path) -> CheckpointState | None:
-    """The newest checkpoint in ``directory`` that is whole, or ``None``. Damaged ones are named in a warning."""
-    for path in reversed(list_checkpoints(directory)):
+    """The newest checkpoint in ``directory`` that is whole; ``None`` where there is no checkpoint.
+
+    Damaged ones are named in a warning. Raises :class:`DraftError` where all are damaged, or the newest is of another
+    format: going on from the start would replace them.
+    """
+    found = list_checkpoints(directory)
+    for path in reversed(found):
         try:
             return verified(read_state(path))
+        except UnknownFormat:
+            raise
         except DraftError as error:
             warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
+    if found:
+        raise DraftError(
+            f"none of the {len(found)} checkpoints in {directory} is whole; restore one, or move the directory away to "
+            "begin anew"
+        )
     return None
 
 
@@ -105,10 +123,14 @@ def newest_state(directory: Path) -> CheckpointState | None:
 
 
 def best_state(directory: Path) -> CheckpointState | None:
-    """The state of the checkpoint that is marked as the best, if one is."""
-    if not (directory / BEST).exists():
+    """The state of the checkpoint that is marked as the best, if one is and its draft is whole."""
+    try:
+        return verified(read_state((directory / BEST).resolve(strict=True)), DRAFT_WEIGHTS)
+    except FileNotFoundError:
         return None
-    return read_state((directory / BEST).resolve())
+    except DraftError as error:
+        warnings.warn(f"the best checkpoint is damaged: {error}", stacklevel=2)
+        return None
 
 
 def read_state(path: Path) -> CheckpointState:
@@ -118,25 +140,35 @@ def read_state(path: Path) -> CheckpointState:
         state = json.loads(state_file.read_text())
     except (OSError, ValueError) as error:
         raise DraftError(f"{state_file} is not a readable checkpoint state: {error}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION:
-        raise DraftError(f"{state_file}: this build reads checkpoint format {FORMAT_VERSION}")
+    if not isinstance(state, dict):
+        raise DraftError(f"{state_file} holds no JSON object")
+    if state.get("format") != FORMAT_VERSION:
+        raise UnknownFormat(
+            f"{state_file} has checkpoint format {state.get('format')}, this build reads {FORMAT_VERSION}; resume with "
+            "the version that wrote it, or choose another run_dir"
+        )
     try:
         position = TrainPosition(**state["position"])
         provenance = Provenance(state["identity"], state["draft_config"], state["target"])
         ledger, evaluation, files = state["ledger"], state["evaluation"], state["files"]
+        best = bool(state["best"])
     except (KeyError, TypeError) as error:
         raise DraftError(f"{state_file} is not a whole checkpoint state: {error}") from None
     for key, value in (("ledger", ledger), ("evaluation", evaluation), ("files", files)):
         if not isinstance(value, dict):
             raise DraftError(f"{state_file}: expected an object under {key!r}, got {type(value).__name__}")
-    return CheckpointState(path, position, provenance, ledger, evaluation, files)
+    return CheckpointState(path, position, provenance, ledger, evaluation, best, files)
 
 
 def verified(state: CheckpointState, below: str = "") -> CheckpointState:
     """``state``, after every one of its files whose path starts with ``below`` was compared with its size and hash."""
     for name, expected in state.files.items():
         file = state.path / name
-        if name.startswith(below) and (not file.is_file() or fingerprint(file) != expected):
+        try:
+            sound = not name.startswith(below) or (file.is_file() and fingerprint(file) == expected)
+        except OSError as error:
+            raise DraftError(f"{file} cannot be read ({error.strerror})") from error
+        if not sound:
             raise DraftError(f"{file} is missing, truncated or changed since the checkpoint was written")
     if DRAFT_WEIGHTS not in state.files:
         raise DraftError(f"{state.path / STATE_FILE} lists no {DRAFT_WEIGHTS}: it is no whole checkpoint")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -48,6 +49,8 @@ from specforge.training.checkpoint import (
 )
 from specforge.training.ranks import Ranks
 
+_LOG = logging.getLogger(__name__)
+
 SETTLE_S = 20.0
 """How long the write of a failed run's last checkpoint may take on."""
 
@@ -65,7 +68,7 @@ class Snapshot:
     draft: Mapping[str, Tensor]
     training_state: Mapping[str, Tensor]
     ledger: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     best: bool = False
 
 
@@ -117,9 +120,18 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join(SETTLE_S)
 
+    def check(self) -> None:
+        """Raise what a write failed with, if one has."""
+        if self._failure is not None:
+            self.wait()
+
     def latest(self) -> CheckpointState | None:
-        """The newest whole checkpoint, as the leader finds it."""
+        """The newest whole checkpoint, as the leader finds it; the mark of the best one is mended where a kill left it
+        behind. Raises :class:`DraftError` where there are checkpoints and none is whole.
+        """
         found = newest_whole(self.directory) if self._ranks.is_leader else None
+        if found is not None and found.best:
+            _point(self.directory / BEST, found.path)
         name = self._ranks.main.broadcast(b"" if found is None else found.path.name.encode()).decode()
         return read_state(self.directory / name) if name else None
 
@@ -172,14 +184,14 @@ class Checkpointer:
         try:
             mine: dict[str, Any] = {"done": work()}
         except (Exception, CheckpointException) as error:  # noqa: BLE001 - the others wait for a word of this rank
-            mine = {"failed": f"{type(error).__name__}: {error}"}
+            mine = {"failed": _causes(error, self._ranks.rank)}
         answers = [json.loads(text) for text in self._ranks.background.collect(json.dumps(mine).encode())]
-        for rank, answer in enumerate(answers):
-            if "failed" in answer:
-                raise RunFailed(
-                    f"the checkpoint of step {step} could not be written (rank {rank}: {answer['failed']}); the one "
-                    "before it is whole: make room or repair the disk, then resume the run"
-                )
+        failed = {cause: None for answer in answers for cause in answer.get("failed", [])}
+        if failed:
+            raise RunFailed(
+                f"the checkpoint of step {step} could not be written ({'; '.join(failed)}); checkpoints before it are "
+                "untouched: make room or repair the disk, then resume the run"
+            )
         return [answer["done"] for answer in answers]
 
     def _write_own(
@@ -208,6 +220,7 @@ class Checkpointer:
             **asdict(snapshot.provenance),
             "ledger": snapshot.ledger,
             "evaluation": snapshot.evaluation,
+            "best": snapshot.best,
             "files": files,
         }
         (partial / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
@@ -216,9 +229,9 @@ class Checkpointer:
         fault_point("checkpoint.written")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _point(self.directory / LATEST, final)
         if snapshot.best:
             _point(self.directory / BEST, final)
+        _point(self.directory / LATEST, final)
         _sync(self.directory)
         fault_point("checkpoint.renamed")
         self._rotate(final)
@@ -231,7 +244,7 @@ class Checkpointer:
         every = self._keep_every
         for path in older[: max(0, len(older) + 1 - self._keep_last)]:
             if path.name != best and not (every and int(path.name.removeprefix("step-")) % every == 0):
-                shutil.rmtree(path)
+                _remove(path)
         for leftover in self.directory.glob(".step-*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -241,6 +254,22 @@ def _empty(directory: Path) -> dict[str, Any]:
     directory.mkdir(parents=True)
     (directory / SHARDS).mkdir()
     return {}
+
+
+def _remove(old: Path) -> None:
+    """One that somebody reads from a mount may stay; the next rotation tries again."""
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        _LOG.warning("the old checkpoint %s is not removed: %s", old, error)
+
+
+def _causes(error: BaseException, rank: int) -> list[str]:
+    """A line for each rank that failed, as ``error`` of ``rank`` says it."""
+    failures = {rank: error}
+    if isinstance(error, CheckpointException):
+        failures = {index: wrapped[0] for index, wrapped in error.failures.items()}
+    return [f"rank {index}: {type(cause).__name__}: {str(cause).splitlines()[0]}" for index, cause in failures.items()]
 
 
 def _point(link: Path, to: Path) -> None:

@@ -119,9 +119,9 @@ def _owners(
     masters: Mapping[str, nn.Parameter], settings: OptimizerSettings, tables: Collection[str]
 ) -> dict[str, torch.optim.Optimizer]:
     """Which optimizer updates which master, with its state made: what they would make at their first step."""
-    orthogonal = [
-        name for name, master in masters.items() if settings.kind == "muon" and master.ndim == 2 and name not in tables
-    ]
+    # A matrix of one row has nothing to orthogonalise.
+    matrices = [name for name, master in masters.items() if master.ndim == 2 and min(master.shape) > 1]
+    orthogonal = [name for name in matrices if settings.kind == "muon" and name not in tables]
     others = [name for name in masters if name not in orthogonal]
     owners: dict[str, torch.optim.Optimizer] = {}
     if orthogonal:

@@ -28,9 +28,12 @@ from specforge.training.checkpointer import Checkpointer, Snapshot
 from specforge.training.guard import drop_nonfinite_samples
 from specforge.training.metrics import StepSums
 from specforge.training.optimizer import MasterOptimizer
-from specforge.training.ranks import Ranks
+from specforge.training.ranks import LEADER, Ranks
 from specforge.training.schedule import Schedule
 from specforge.training.sharding import ShardedDraft
+
+KEY = "held_out"
+"""In the evaluation that a checkpoint keeps: on which samples it was."""
 
 
 class Ledger(Protocol):
@@ -49,16 +52,21 @@ class Ledger(Protocol):
 
 
 class Evaluation(Protocol):
-    """Measures the draft every ``every`` steps. ``metric`` of what it gives decides which checkpoint is the best."""
+    """Measures the draft every ``every`` steps. ``metric`` of what it gives decides which checkpoint is the best, among
+    those that were evaluated on the same samples: with the same ``key``.
+    """
 
     every: int
     metric: str
+    key: str
 
     def __call__(self, draft: ShardedDraft, step: int) -> dict[str, float]:
         """Metrics by name, the same on all ranks, all of which call it."""
         ...
 
-    def is_better(self, value: float, than: float) -> bool: ...
+    def is_better(self, value: float, than: float | None) -> bool:
+        """``than`` ``None``: nothing was measured before."""
+        ...
 
 
 class Log(Protocol):
@@ -131,12 +139,15 @@ class Trainer:
         self._saved_step = -1
         self._stall_s = 0.0
         self._best: float | None = None
-        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self._evaluated: tuple[int, dict[str, Any]] = (-1, {})
 
     def knows_best(self, checkpoint: CheckpointState | None) -> None:
-        """``checkpoint`` is the best one of the run so far."""
-        if checkpoint is not None and self._around.evaluation is not None:
-            self._best = checkpoint.evaluation.get(self._around.evaluation.metric)
+        """``checkpoint``, as the leader read it, is the best one of the run so far. A collective."""
+        evaluation, value = self._around.evaluation, math.nan
+        if checkpoint is not None and evaluation is not None and checkpoint.evaluation.get(KEY) == evaluation.key:
+            value = checkpoint.evaluation.get(evaluation.metric, math.nan)
+        value = self._ranks.main.gather([value])[LEADER][0]
+        self._best = None if math.isnan(value) else value
 
     def request_stop(self) -> None:
         """Stop with a checkpoint after the optimizer step that is running. Safe to call from a signal handler."""
@@ -161,7 +172,9 @@ class Trainer:
             is_best = self._evaluate(last=finished)
             if is_best or self.position.step % self._settings.checkpoint_every == 0:
                 self.save(best=is_best)
-        self.save()
+            self._around.checkpointer.check()
+        # The batches may end before the last step, when samples were set aside.
+        self.save(best=finished and self._evaluate(last=True))
         self._around.checkpointer.wait()
         return finished
 
@@ -242,22 +255,27 @@ class Trainer:
 
     def _evaluate(self, *, last: bool) -> bool:
         """Evaluate where it is due; whether the draft is the best so far."""
-        evaluation = self._around.evaluation
-        if evaluation is None or not (last or self.position.step % evaluation.every == 0):
+        evaluation, step = self._around.evaluation, self.position.step
+        if evaluation is None or step in {0, self._evaluated[0]}:
             return False
-        scalars = evaluation(self._parts.draft, self.position.step)
-        self._evaluated = (self.position.step, scalars)
+        if not (last or step % evaluation.every == 0):
+            return False
+        scalars = evaluation(self._parts.draft, step)
+        self._evaluated = (step, {**scalars, KEY: evaluation.key})
         if self._ranks.is_leader:
-            self._around.log.on_evaluation(self.position.step, scalars)
+            self._around.log.on_evaluation(step, scalars)
         value = scalars.get(evaluation.metric)
-        if value is None or (self._best is not None and not evaluation.is_better(value, self._best)):
+        if value is None or not evaluation.is_better(value, self._best):
             return False
         self._best = value
         return True
 
     def save(self, *, best: bool = False) -> None:
-        """Start to checkpoint the current position, once; the ledger hears of it when it is complete."""
-        if self._saved_step == self.position.step:
+        """Start to checkpoint the current position, once, or again where it turns out to be the best one.
+
+        The ledger hears of it when it is complete.
+        """
+        if self._saved_step == self.position.step and not best:
             return
         step, evaluated = self._evaluated
         ledger = self._around.ledger
@@ -291,6 +309,8 @@ class Trainer:
         self._optimizer.state_changed()
         self.position = checkpoint.position
         self._saved_step = checkpoint.position.step
+        if checkpoint.evaluation:
+            self._evaluated = (checkpoint.position.step, checkpoint.evaluation)
 
 
 def sequence_share(algorithm: Algorithm, ranks: Ranks) -> SequenceShare | None:

@@ -22,7 +22,8 @@ def devices(found: RunConfig) -> tuple[str, str]:
     ("wanted", "num_devices", "expected"),
     [
         (("auto", "auto"), 2, ("cuda:1", "cuda:1")),
-        (("cuda", "cuda:0"), 2, ("cuda:1", "cuda:0")),
+        (("cuda", "cpu"), 2, ("cuda:1", "cpu")),
+        (("cpu", "cpu"), 1, ("cpu", "cpu")),
         (("auto", "auto"), 0, ("auto", "auto")),
         (("cpu", "cpu"), 2, ("cpu", "cpu")),
     ],
@@ -40,6 +41,14 @@ def test_every_rank_has_a_device_of_its_own(wanted, num_devices, expected):
 def test_ranks_that_would_share_a_device_are_refused(device, num_devices, message):
     with pytest.raises(ConfigError, match=message):
         at_rank(config(training={"device": device}), 0, 2, num_devices)
+    shared_target = {"path": "t", "device": device}
+    with pytest.raises(ConfigError, match=message):
+        at_rank(config(training={"device": "cpu"}, target=shared_target), 0, 2, num_devices)
+
+
+def test_train_ranks_that_do_not_capture_leave_the_target_where_it_is():
+    run = config(topology="disaggregated", target={"path": "t", "device": "cuda:0"})
+    assert devices(at_rank(run, 1, 2, 2)) == ("cuda:1", "cuda:0")
 
 
 def inputs(directory: Path, target: Path, **options) -> RunInputs:

@@ -265,3 +265,20 @@ def test_a_plan_is_plain_data():
 def test_plans_are_made_without_a_tensor_library():
     code = "import sys, specforge.launch.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "names"),
+    [
+        ({}, set()),
+        ({"topology": "disaggregated"}, {"train"}),
+        ({"data": {"features": "set"}}, {"specforge"}),
+        ({"topology": "disaggregated", "launch": {"num_train_ranks": 2}}, {"train"}),
+    ],
+)
+def test_whoever_loads_the_target_to_decode_evaluation_prompts_has_room_for_it(sections, names):
+    held_out = {"data": "held-out.jsonl", "every": 10, "speculative_every": 10}
+    without = {process.name: process.memory_bytes for process in plan(**sections).processes}
+    found = {process.name: process.memory_bytes for process in plan(**sections, held_out=held_out).processes}
+    more = {name: found[name] - without[name] for name in found}
+    assert more == {name: MODELS.target_bytes if name in names else 0 for name in found}

@@ -1,4 +1,6 @@
+import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -153,11 +155,42 @@ def test_an_empty_directory_has_no_checkpoint(tmp_path):
     assert best_state(tmp_path) is None
 
 
-def test_another_format_is_refused_by_name(tmp_path):
-    state = write(tmp_path, 1) / "state.json"
+def test_another_format_is_refused_and_never_replaced(tmp_path):
+    write(tmp_path, 1)
+    state = write(tmp_path, 2) / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 99}))
-    with pytest.raises(DraftError, match="format 3"):
-        read_state(state.parent)
+    with pytest.raises(DraftError, match="has checkpoint format 99, this build reads 3; resume with the version"):
+        newest_whole(tmp_path)
+
+
+def test_checkpoints_of_which_none_is_whole_are_not_begun_anew(tmp_path):
+    for step in (1, 2):
+        (write(tmp_path, step) / DRAFT_WEIGHTS).unlink()
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(DraftError, match="none of the 2 checkpoints"):
+        newest_whole(tmp_path)
+
+
+def test_a_damaged_best_is_no_reason_not_to_resume(tmp_path):
+    (write(tmp_path, 1, best=True) / "state.json").write_text("torn")
+    write(tmp_path, 2)
+    assert newest_whole(tmp_path).position.step == 2
+    with pytest.warns(UserWarning, match="the best checkpoint is damaged"):
+        assert best_state(tmp_path) is None
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(tmp_path, monkeypatch, caplog):
+    write(tmp_path, 1, keep_last=1)
+    rmtree = shutil.rmtree
+
+    def busy(path, **options):
+        if path.name == "step-00000001":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rmtree(path, **options)
+
+    monkeypatch.setattr("specforge.training.checkpointer.shutil.rmtree", busy)
+    write(tmp_path, 2, keep_last=1)
+    assert newest_whole(tmp_path).position.step == 2
+    assert "step-00000001 is not removed" in caplog.text
 
 
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path):

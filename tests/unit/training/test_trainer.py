@@ -1,5 +1,6 @@
 """The loop alone: a linear draft, batches made by hand, a recording ledger."""
 
+import errno
 import math
 import threading
 from dataclasses import replace
@@ -310,14 +311,14 @@ class Scores:
 
     metric = "eval/avg_loss"
 
-    def __init__(self, every, *losses):
-        self.every, self.losses = every, list(losses)
+    def __init__(self, every, *losses, key="these samples"):
+        self.every, self.losses, self.key = every, list(losses), key
 
     def __call__(self, draft, step):
         return {self.metric: self.losses.pop(0)}
 
     def is_better(self, value, than):
-        return value < than
+        return not math.isnan(value) and (than is None or value < than)
 
 
 def test_the_best_checkpoint_is_kept_and_marked_and_survives_a_restart(tmp_path):
@@ -325,7 +326,8 @@ def test_the_best_checkpoint_is_kept_and_marked_and_survives_a_restart(tmp_path)
     trainer.fit(steps(0, 10))
     assert [step for step, _ in log.evaluations] == [2, 4, 6, 8, 10]
     best = best_state(tmp_path)
-    assert (best.position.step, best.evaluation) == (4, {"eval/avg_loss": 3.0})
+    assert (best.position.step, best.best) == (4, True)
+    assert best.evaluation == {"eval/avg_loss": 3.0, "held_out": "these samples"}
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000008", "step-00000010"]
     assert (tmp_path / "latest").resolve().name == "step-00000010"
 
@@ -337,6 +339,67 @@ def test_a_resumed_run_knows_the_best_of_the_run_before(tmp_path):
     again.knows_best(best_state(tmp_path))
     again.fit(steps(4, 10))
     assert best_state(tmp_path).position.step == 8
+
+
+def test_a_best_of_other_samples_is_nothing_to_compare_with(tmp_path):
+    make(tmp_path, total_steps=4, evaluation=Scores(2, 5.0, 1.0))[0].fit(steps(0, 4))
+    again, *_ = make(tmp_path, evaluation=Scores(6, 4.0, 9.0, key="others"))
+    again.restore(newest_whole(tmp_path))
+    again.knows_best(best_state(tmp_path))
+    again.fit(steps(4, 10))
+    assert best_state(tmp_path).position.step == 6
+
+
+def test_nothing_is_the_best_while_every_number_is_nan(tmp_path):
+    trainer, *_ = make(tmp_path, total_steps=4, evaluation=Scores(2, math.nan, math.nan))
+    trainer.fit(steps(0, 4))
+    assert best_state(tmp_path) is None
+
+
+def test_the_last_draft_is_evaluated_although_the_batches_end_early(tmp_path):
+    """A sample was set aside: 9 of 10 steps. At step 8 there is a checkpoint of a draft that was not evaluated."""
+    for name, num_steps in (("nine", 9), ("eight", 8)):
+        trainer, _, _, log = make(tmp_path / name, evaluation=Scores(500, 2.0))
+        assert trainer.fit(steps(0, num_steps)) is True
+        assert [step for step, _ in log.evaluations] == [num_steps]
+        assert best_state(tmp_path / name).position.step == num_steps
+
+
+def test_a_finished_run_that_is_resumed_is_not_evaluated_again(tmp_path):
+    make(tmp_path, total_steps=4, evaluation=Scores(4, 2.0))[0].fit(steps(0, 4))
+    again, _, _, log = make(tmp_path, total_steps=4, evaluation=Scores(4))
+    again.restore(newest_whole(tmp_path))
+    assert again.fit(()) is True
+    assert log.evaluations == []
+
+
+def test_a_kill_before_the_best_was_marked_does_not_lose_it(tmp_path):
+    make(tmp_path, total_steps=4, evaluation=Scores(4, 2.0))[0].fit(steps(0, 4))
+    (tmp_path / "best").unlink()
+    assert Checkpointer(tmp_path).latest().position.step == 4
+    assert best_state(tmp_path).position.step == 4
+
+
+def test_a_write_that_failed_is_heard_of_at_the_next_step(tmp_path, monkeypatch):
+    trainer, _, ledger, _ = make(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("specforge.training.checkpointer.HuggingFaceStorageWriter.write_data", full)
+
+    def stream():
+        for number, step in enumerate(steps(0, 10)):
+            if number == 5:
+                for writing in threading.enumerate():
+                    if writing.name == "checkpoint":
+                        writing.join(60)
+            yield step
+
+    with pytest.raises(RunFailed, match=r"step 4 could not be written \(rank 0: OSError.*No space left on device\); "):
+        trainer.fit(stream())
+    assert ledger.checkpoints == []
+    assert ledger.acks[-1][1] <= 6
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
