@@ -13,6 +13,7 @@ import yaml
 
 import chaos
 from specforge.config.load import load_run_config
+from specforge.launch.ledger import list_quarantined
 from specforge.launch.plan import run_id
 from specforge.training.checkpoint import newest_whole
 
@@ -21,7 +22,9 @@ SIZES = {"training__num_epochs": NUM_EPOCHS, "training__checkpoint_every": 5}
 TWO = SIZES | {"launch__num_train_ranks": 2}
 APART = TWO | {"topology": "disaggregated", "launch__num_capture_workers": 2, "data_plane__retain_bytes": 0}
 QUICK = {"launch__restarts__first_backoff_s": 0.05}
+POISON = str(Path(__file__).with_name("poisoned_rank.py"))
 FAILING = str(Path(__file__).with_name("failing_rank.py"))
+SLOW = str(Path(__file__).with_name("slow_ranks.py"))
 
 
 def train(directory: Path, run_yaml: Path, *more: str) -> runs.Command:
@@ -121,6 +124,25 @@ def test_a_process_that_is_killed_in_a_disaggregated_run_does_not_show(tmp_path,
 
 
 @pytest.mark.full
+def test_a_prompt_that_kills_its_process_is_set_aside(tmp_path, tiny_target_dir):
+    options = QUICK | {"launch__num_train_ranks": 2, "training__num_epochs": 1, "training__checkpoint_every": 1000}
+    once = {
+        "control_plane__ledger__kind": "sqlite",
+        "control_plane__max_quarantined": 1,
+        "control_plane__max_crash_attempts": 1,
+    }
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, **options, **once)
+    command = runs.Command([POISON, str(run_yaml)], tmp_path / "output")
+    assert command.process.wait(timeout=3 * runs.DEADLINE_S) == 0, command.stderr.read_text()  # four starts
+    assert command.stderr.read_text().count("was killed by SIGKILL; starting all 2 train ranks again") == 3
+    (found,) = list_quarantined(tmp_path / "run")
+    assert "3 workers died while they held it, 1 of them while they held nothing else" in found["reason"]
+    saved = newest_whole(tmp_path / "run" / "checkpoints")
+    assert saved is not None
+    assert saved.position.step == 6
+
+
+@pytest.mark.full
 def test_a_rank_that_dies_too_often_ends_a_run_that_resumes(tmp_path, tiny_target_dir, together):
     run_yaml = runs.write_run(tmp_path, tiny_target_dir, **TWO, launch__restarts__max_restarts=0)
     command = train(tmp_path / "first", run_yaml)
@@ -162,6 +184,37 @@ def test_a_signal_stops_all_ranks_at_one_step(tmp_path, tiny_target_dir, togethe
     resumed = train(tmp_path / "second", run_yaml, "--resume").succeed()
     assert resumed["draft_weights_sha256"] == together[0]
     check_whole(resumed, run_yaml)
+
+
+def num_captured(directory: Path) -> dict[str, int]:
+    """Samples that each rank of a slow run captured so far."""
+    return {path.name: path.stat().st_size for path in directory.iterdir() if path.name in {"train", "train-1"}}
+
+
+def test_ranks_share_the_capture_of_every_step(tmp_path, tiny_target_dir):
+    batches = {"training__global_batch_size": 8, "data_plane__retain_bytes": 0}
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, **TWO, **batches)
+    command = runs.Command([SLOW, "0.05", str(tmp_path), str(run_yaml)], tmp_path / "output")
+    assert command.wait() == 0, command.stderr.read_text()
+    captured = num_captured(tmp_path)
+    assert sum(captured.values()) == 24 * NUM_EPOCHS
+    assert min(captured["train"], captured["train-1"]) >= 0.3 * sum(captured.values())
+    assert list(losses(tmp_path / "run")) == list(range(1, 24 * NUM_EPOCHS // 8 + 1))
+
+
+@pytest.mark.full
+def test_a_signal_during_capture_leaves_a_checkpoint_of_the_last_step(tmp_path, tiny_target_dir):
+    # A rank leases eight samples at a time: more than it could capture before it is killed.
+    options = TWO | {"training__global_batch_size": 16, "training__checkpoint_every": 1000}
+    run_yaml = runs.write_run(tmp_path, tiny_target_dir, **options)
+    command = runs.Command([SLOW, "1.2", str(tmp_path), str(run_yaml)], tmp_path / "output")
+    runs.wait_until(lambda: num_captured(tmp_path).get("train-1", 0) > 8, "capture for the second step")
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == 130, command.stderr.read_text()
+    saved = newest_whole(tmp_path / "run" / "checkpoints")
+    assert saved is not None
+    assert saved.position.step == max(losses(tmp_path / "run")) == 1
+    assert sum(num_captured(tmp_path).values()) < 32
 
 
 @pytest.mark.full

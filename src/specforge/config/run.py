@@ -77,10 +77,10 @@ class RunConfig(BaseModel):
 
     def _refused_together(self) -> str | None:
         if self.control_plane.order == "arrival":
-            return "control_plane.order is arrival: one process captures in order anyway; use strict"
+            return "control_plane.order is arrival: the processes that train capture, and in order; use strict"
         if self.launch.num_capture_workers > 1:
             return (
-                f"launch.num_capture_workers is {self.launch.num_capture_workers}: one process captures and trains; "
+                f"launch.num_capture_workers is {self.launch.num_capture_workers}: the processes that train capture; "
                 "use topology=disaggregated, or 1"
             )
         return None

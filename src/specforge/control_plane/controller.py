@@ -101,13 +101,19 @@ class DataFlowController:
         self._failure: str | None = None
 
     def resume(
-        self, position: Position, state: Mapping[str, Any] | None = None, live_workers: Collection[str] = ()
+        self,
+        position: Position,
+        state: Mapping[str, Any] | None = None,
+        live_workers: Collection[str] = (),
+        crashed: Mapping[str, str] | None = None,
     ) -> None:
         """Continue from the checkpoint at ``position``; ``state`` is what ``checkpoint_state`` gave for it.
 
         The checkpoint is the truth: the ledger is reconciled to it, forwards and backwards. Leases of
-        ``live_workers`` and features that can still be read stay; what else was in flight is captured again.
+        ``live_workers`` and features that can still be read stay; what else was in flight is captured again. Leases of
+        workers that ``crashed`` (worker -> how it ended) are charged with that, as those that ``leave`` names are.
         """
+        crashed = crashed or {}
         with self._changed:
             if self._started:
                 raise InvalidTransition("resume comes before the first lease")
@@ -123,6 +129,7 @@ class DataFlowController:
                 Checkpointed(position, state),
                 self._settings.window_slots,
                 live_workers,
+                crashed,
             )
             deadline = self._clock() + self._settings.lease_s
             adopted, stowed = (self._adopted(items, deadline) for items in (found.kept, found.retained))
@@ -130,6 +137,11 @@ class DataFlowController:
             self._window.start(found.first_slot, found.trained, found.quarantines, adopted, stowed)
             self._numbers.resume(self._store.counts())
             self._started = True
+            for item in found.crashed:
+                worker_id = item.worker_id or ""
+                # From where the run stands: a later slot would be forgotten at the next return to this checkpoint.
+                self._judge(item.attempt.sample, worker_id, crashed[worker_id], found.first_slot)
+            self._numbers.num_crashes += len({item.worker_id for item in found.crashed})
             self._publish(self._dispatch_ready())
         self._features.abort(found.unwanted)
         self.collect()
@@ -461,14 +473,20 @@ class DataFlowController:
         for sample, num in zip(samples, num_crashes, strict=True):
             self._window.give_back(sample.index)
             self._window.crashes[sample.index] = num
-        for sample, num in zip(samples, num_crashes, strict=True):
-            num_alone = num - SUSPECT_AFTER
-            if num_alone >= self._settings.max_crash_attempts:
-                self._quarantine(
-                    sample.index,
-                    f"{num} workers died while they held it, {num_alone} of them while they held nothing else; "
-                    f"the last was worker {worker_id}: {reason}",
-                )
+        for sample in samples:
+            self._judge(sample.index, worker_id, reason)
+
+    def _judge(self, index: int, worker_id: str, reason: str, from_slot: int | None = None) -> None:
+        """Quarantine a sample that too many workers died of; ``worker_id`` was the last."""
+        num = self._window.crashes[index]
+        num_alone = num - SUSPECT_AFTER
+        if num_alone >= self._settings.max_crash_attempts:
+            self._quarantine(
+                index,
+                f"{num} workers died while they held it, {num_alone} of them while they held nothing else; "
+                f"the last was worker {worker_id}: {reason}",
+                from_slot,
+            )
 
     def _find(self, ref: SampleRef) -> int | None:
         index = self._window.find(ref.sample_id)
@@ -512,10 +530,13 @@ class DataFlowController:
             self._drained = True
             self._writer.close()
 
-    def _quarantine(self, index: int, reason: str) -> None:
-        if not self._window.has_open_slot(index):
+    def _quarantine(self, index: int, reason: str, from_slot: int | None = None) -> None:
+        """Skip a sample ``from_slot`` on, by default from its first open slot."""
+        if from_slot is None and not self._window.has_open_slot(index):
             return  # an adopted lease of a slot to come: it is decided when that slot opens
-        quarantine = Quarantine(index, self._window.first_slot_of(index), None, reason)
+        quarantine = Quarantine(
+            index, self._window.first_slot_of(index) if from_slot is None else from_slot, None, reason
+        )
         self._store.quarantine(index, quarantine.from_slot, reason)
         self._window.quarantine(quarantine)
         if self._window.num_quarantined > self._settings.max_quarantined:

@@ -50,7 +50,8 @@ class Remains:
 @dataclass(frozen=True, slots=True)
 class Recovered:
     """Where the run stands: its first slot that is not done, slots trained beyond it (arrival order), quarantines, what
-    stays in flight, what was put aside for later epochs, and the (sample_id, generation) pairs that nothing wants.
+    stays in flight, what was put aside for later epochs, the (sample_id, generation) pairs that nothing wants, and the
+    leases that were charged with the death of their worker.
     """
 
     first_slot: int
@@ -59,6 +60,7 @@ class Recovered:
     kept: list[LiveAttempt]
     retained: list[LiveAttempt]
     unwanted: list[tuple[str, int]]
+    crashed: list[LiveAttempt]
 
 
 def reconcile(
@@ -68,10 +70,12 @@ def reconcile(
     checkpointed: Checkpointed,
     window_slots: int,
     live_workers: Collection[str],
+    crashed_workers: Collection[str] = (),
 ) -> Recovered:
     """Bring the ledger to ``checkpointed``.
 
-    Leases of ``live_workers`` stay, and committed features that can be read and that the next slots want, or that were
+    Leases of ``crashed_workers`` count as crashes of their samples, wherever their slots are. Leases of
+    ``live_workers`` stay, and committed features that can be read and that the next slots want, or that were
     put aside and that any slot wants. The rest of what was in flight is void: its samples are captured again when
     their slots come.
     """
@@ -92,13 +96,16 @@ def reconcile(
     ever = soon | later | _wanted({attempt.sample for attempt in put_aside} - soon - later, order, slots)
     kept: list[LiveAttempt] = []
     retained: list[LiveAttempt] = []
+    crashed: list[LiveAttempt] = []
     void: list[Attempt] = []
     gone: list[Attempt] = []
     unwanted: list[Attempt] = []
     pairs: list[tuple[str, int]] = []
     for item in in_flight:
         if item.ref is None:
-            if item.attempt.sample in soon and item.worker_id in live_workers:
+            if item.worker_id in crashed_workers:
+                crashed.append(item)
+            elif item.attempt.sample in soon and item.worker_id in live_workers:
                 kept.append(item)
             else:
                 void.append(item.attempt)
@@ -113,12 +120,13 @@ def reconcile(
             pairs.append((item.ref.sample_id, item.ref.generation))
 
     def settle() -> None:
+        store.crash([item.attempt for item in crashed])
         store.requeue(void)
         store.lose(gone)
         store.release(unwanted)
 
     store.transact(settle)
-    return Recovered(first, trained, quarantines, kept, retained, pairs)
+    return Recovered(first, trained, quarantines, kept, retained, pairs, crashed)
 
 
 def _wanted(samples: set[int], order: SampleOrder, slots: Iterator[int]) -> set[int]:

@@ -274,11 +274,11 @@ class CaptureWindow:
         self.dispatched(())
 
     def quarantine(self, quarantine: Quarantine) -> None:
-        """Skip the open slots of a sample that waits for its capture."""
+        """Skip the slots of a sample that waits for its capture."""
         index = quarantine.index
         self._quarantines.setdefault(index, []).append(quarantine)
         self.crashes.pop(index, None)
-        self._num_open -= len(self._open_slots.pop(index))
+        self._num_open -= len(self._open_slots.pop(index, ()))
         self._to_capture = [entry for entry in self._to_capture if entry[1] != index]
         heapq.heapify(self._to_capture)
         self.advance()

@@ -43,7 +43,7 @@ from specforge.launch.plan import Plan, capture_names, idle_ranks, rank_names
 from specforge.launch.runtime import CaptureRuntime, HostRuntime, TrainOutcome, TrainRuntime
 from specforge.launch.stores import clear_at_the_end, make_room, open_reader, open_writer, start_service, with_namespace
 from specforge.launch.train_side import Served, build_train_side, make_worker
-from specforge.training.checkpoint import newest_state
+from specforge.training.checkpoint import list_checkpoints, newest_state
 from specforge.training.ranks import Ranks
 from specforge.training.trainer import check_same_run
 
@@ -168,7 +168,7 @@ def _children(config: RunConfig, resume: bool, keep_open: tuple[int, ...], comma
     with contextlib.ExitStack() as resources:
         endpoint = Endpoint.open(config.control_plane.host, config.control_plane.port)
         resources.callback(endpoint.close)
-        executor = HostExecutor(endpoint, config.launch.restarts, command)
+        executor = HostExecutor(endpoint, config.launch.restarts, command, last_step=lambda: _last_step(config))
         resolved = resolve(config, inputs.plan, resources, executor.fail)
         make_room(resolved, inputs.plan, resume)
         resources.callback(clear_at_the_end, resolved)
@@ -187,6 +187,12 @@ def _children(config: RunConfig, resume: bool, keep_open: tuple[int, ...], comma
         ]
         runtime = HostRuntime(executor, children, resources.pop_all())
     return runtime
+
+
+def _last_step(config: RunConfig) -> int:
+    """Of the newest checkpoint; 0 where there is none."""
+    found = list_checkpoints(config.run_dir / "checkpoints")
+    return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
 def resolve(

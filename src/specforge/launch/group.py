@@ -14,13 +14,18 @@ from typing import NoReturn
 
 import torch
 
-from specforge.errors import ConfigError, RunFailed
+from specforge.errors import ConfigError
 from specforge.training.ranks import Ranks, Rendezvous
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun puts into the environment of each process."""
-LOST_PEER_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
+LOST_PEER_WORDS = ("connection closed", "connection reset", "broken pipe")
 """In the messages of the back ends when a peer is gone; they have no exception type of their own."""
+
+
+def worker_name(rank: int) -> str:
+    """Of a train rank that captures, as the ledger knows it."""
+    return f"train-{rank}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +72,10 @@ def lost_peer(error: BaseException) -> bool:
     """Whether ``error`` says no more than that another rank went away: that rank, or its end, knows better why."""
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, torch.distributed.DistError):
+        if isinstance(found, torch.distributed.DistNetworkError):
             return True
-        if isinstance(found, RuntimeError | RunFailed) and any(word in str(found).lower() for word in LOST_PEER_WORDS):
+        # The back ends raise it; a RunFailed only quotes others, and is judged by what caused it.
+        if isinstance(found, RuntimeError) and any(word in str(found).lower() for word in LOST_PEER_WORDS):
             return True
         found = found.__cause__
     return False

@@ -12,7 +12,9 @@ stop, and what follows:
 
 The trainer may be a group of ranks, of which the first leads. They live and die together: where one would be started
 again, all are killed and start again from the last checkpoint, within one limit. A rank that says no more than that it
-lost another one is asked about after a moment, in which the other's own end may be heard.
+lost another one is asked about after a moment, in which the other's own end may be heard. The row of their deaths ends
+only with a newer checkpoint. What a rank that died without a word was capturing is charged with its death, as in a
+capture process: the leader of the next start is told.
 
 Children run in sessions of their own, so a Ctrl-C reaches the parent alone, which ends them in order: the trainer
 first (it writes a checkpoint), then the capture processes. What a child says after it was told to stop is no failure.
@@ -34,7 +36,9 @@ from specforge.config.launch import RestartOptions
 from specforge.errors import FeatureNotFound, ProducerFailed, RunFailed, UserError
 from specforge.launch.child import MAX_REASON_CHARS, Child, ChildSpec, Exit, Line
 from specforge.launch.endpoint import Endpoint
+from specforge.launch.group import worker_name
 from specforge.launch.restarts import Restarts
+from specforge.training.ranks import FILE
 
 _LOG = logging.getLogger(__name__)
 
@@ -104,7 +108,8 @@ class _Place:
 class HostExecutor:
     """Runs children until all have ended; the first failure that no restart repairs is the one that is raised.
 
-    ``command`` starts a child, ``observe`` hears of every start and death from the thread of :meth:`run`.
+    ``command`` starts a child, ``observe`` hears of every start and death from the thread of :meth:`run`. ``last_step``
+    is that of the newest checkpoint (0: none): a trainer that never gets beyond it dies in one row.
     """
 
     def __init__(
@@ -113,8 +118,9 @@ class HostExecutor:
         restarts: RestartOptions,
         command: Sequence[str] = ROLES,
         observe: Callable[[ChildStarted | ChildDied], None] = log_deaths,
+        last_step: Callable[[], int] | None = None,
     ) -> None:
-        self._endpoint, self._options = endpoint, restarts
+        self._endpoint, self._options, self._last_step = endpoint, restarts, last_step
         self._command, self._observe = command, observe
         self._places: dict[str, _Place] = {}
         self._ranks: list[_Place] = []
@@ -125,6 +131,10 @@ class HostExecutor:
         self._results: dict[str, dict[str, Any]] = {}
         self._ending = self._is_finished = self._is_stop_requested = False
         self._is_serving = self._has_served = False
+        # Whether a lease may have been given since the train ranks started, and worker -> end of the one that died
+        # with leases that no leader has charged yet.
+        self._may_hold_leases = False
+        self._crashed: dict[str, str] = {}
         self._bereft: tuple[Child, int] | None = None
         self._verdict_at = 0.0
 
@@ -135,7 +145,7 @@ class HostExecutor:
         Returns the fields of the last report of each child. Raises :class:`RunFailed` (or the child's own
         :class:`UserError`) when a child failed for good, ``KeyboardInterrupt`` after :meth:`request_stop`.
         """
-        together = Restarts(self._options)
+        together = Restarts(self._options, reached=self._last_step)
         self._places = {
             spec.name: _Place(spec, together if spec.role == "train" else Restarts(self._options)) for spec in specs
         }
@@ -208,16 +218,17 @@ class HostExecutor:
 
     def _start_ranks(self) -> None:
         """All train ranks, which meet at a file that nobody met at before."""
+        self._may_hold_leases = False
         for place in self._ranks:
             self._start(place)
         # Before a train process of this run served, leases in the ledger are those of an earlier run, whose workers had
         # the same names.
         workers = [worker.id for worker in self._running("capture")] if self._has_served else []
-        meeting = (self._meetings / str(self._ranks[0].num_starts)).as_uri()
+        meeting = f"{FILE}{self._meetings / str(self._ranks[0].num_starts)}"
         for rank, place in enumerate(self._ranks):
             assert place.child is not None
             group = {"rank": rank, "size": len(self._ranks), "init_method": meeting}
-            place.child.tell("start", token=self._endpoint.token, workers=workers, group=group)
+            place.child.tell("start", token=self._endpoint.token, workers=workers, group=group, crashed=self._crashed)
 
     def _start(self, place: _Place) -> None:
         spec, listener = place.spec, self._endpoint.listener.fileno()
@@ -242,7 +253,8 @@ class HostExecutor:
             child.tell("endpoint", url=self._endpoint.url, token=self._endpoint.token)
 
     def _serving(self) -> None:
-        self._is_serving = self._has_served = True
+        self._is_serving = self._has_served = self._may_hold_leases = True
+        self._crashed = {}
         for child in self._running("capture"):
             child.tell("endpoint", url=self._endpoint.url, token=self._endpoint.token)
 
@@ -290,12 +302,17 @@ class HostExecutor:
     def _ranks_died(self, child: Child, code: int) -> None:
         """The rank ``child`` is gone, and with it all others."""
         self._bereft = None
-        for place in self._ranks:
-            if place.child is not None:
-                place.child.kill()
-                place.child = None
+        place = self._places[child.spec.name]
+        if self._may_hold_leases:
+            spoke = child.last_report is not None and child.last_report.event == "failed"
+            reason = child.describe_end(code)[1][:MAX_REASON_CHARS]
+            self._crashed = {} if spoke else {worker_name(self._ranks.index(place)): reason}
+        for rank in self._ranks:
+            if rank.child is not None:
+                rank.child.kill()
+                rank.child = None
         self._is_serving = False
-        self._died(self._places[child.spec.name], child, code, num_peers=len(self._ranks) - 1)
+        self._died(place, child, code, num_peers=len(self._ranks) - 1)
 
     def _died(self, place: _Place, child: Child, code: int, num_peers: int = 0) -> None:
         delay_s = place.restarts.died()

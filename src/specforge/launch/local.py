@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from specforge.launch.inputs import RESOLVED_FILE, read_run_inputs, resolve_devi
 from specforge.launch.learner import at_rank
 from specforge.launch.lock import ORPHANS_LEAVE_S, run_lock
 from specforge.launch.offline import verify_features
+from specforge.launch.plan import idle_ranks
 from specforge.launch.runtime import TrainOutcome, stop_on_signals
 from specforge.launch.stores import clear_at_the_end
 from specforge.training.checkpoint import list_checkpoints
@@ -105,6 +108,7 @@ def _train_as_rank(config: RunConfig, seat: Seat, resume: bool) -> TrainOutcome:
     num_devices = torch.cuda.device_count()
     own = at_rank(config, seat.rank, seat.size, num_devices)
     with contextlib.ExitStack() as resources:
+        resources.enter_context(interrupted_when_terminated())
         if seat.rank == LEADER:
             # the others wait for it where they meet
             resources.enter_context(_held(config, resume))
@@ -118,20 +122,44 @@ def _train_as_rank(config: RunConfig, seat: Seat, resume: bool) -> TrainOutcome:
                     dump_run_config(config, config.run_dir / RESOLVED_FILE)
                 with stop_on_signals(runtime.request_stop):
                     outcome = runtime.run()
+            ranks.main.wait()  # what the leader started for all stays until all have closed what they had of it
         except Exception as error:
             if not lost_peer(error):
                 raise
-            raise RunFailed(f"train rank {seat.rank} lost another rank, whose own message says why") from error
+            raise RunFailed(
+                f"train rank {seat.rank} lost another rank, whose own message says why; here it showed as "
+                f"{type(error).__name__}: {error}"
+            ) from error
         ranks.leave()
     if not outcome.finished:
         raise KeyboardInterrupt
     return outcome
 
 
+@contextlib.contextmanager
+def interrupted_when_terminated() -> Iterator[None]:
+    """SIGTERM is a ``KeyboardInterrupt``, once, so that what was opened is closed; for the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing is to disturb the closing
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def _resolved(config: RunConfig, resources: contextlib.ExitStack) -> RunConfig:
     """``config`` as all ranks read it, with what it needs started until ``resources`` close."""
     inputs = read_run_inputs(config)
     verify_features(config, inputs.tasks)
+    for warning in idle_ranks(config):
+        _LOG.warning("%s", warning)
     config = resolve(config, inputs.plan, resources)
     resources.callback(clear_at_the_end, config)
     return config

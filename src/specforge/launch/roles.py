@@ -29,7 +29,7 @@ from specforge.launch.group import Seat, leave_at_once, lost_peer
 from specforge.launch.inputs import resolve_device
 from specforge.launch.learner import at_rank
 from specforge.launch.parent import ParentLink
-from specforge.launch.runtime import StopCapture, StopOnce
+from specforge.launch.runtime import StopCapture, StopOnce, stop_on_signals
 from specforge.launch.train_side import Served
 
 
@@ -43,19 +43,25 @@ def run_train(config: RunConfig, link: ParentLink, listen_fd: int | None, resume
     ranks = seat.join(resolve_device(config.training.device), config.training.sequence_parallel)
     served = None
     if listen_fd is not None:
-        served = Served(socket.socket(fileno=listen_fd), start["token"], frozenset(start["workers"]))
+        listener = socket.socket(fileno=listen_fd)
+        served = Served(listener, start["token"], frozenset(start["workers"]), start["crashed"])
     build = build_online_rank if config.topology == "colocated" else build_disagg_online_consumer
-    with contextlib.closing(build(config, resume=resume, served=served, ranks=ranks)) as runtime:
-        signal.signal(signal.SIGTERM, lambda *_: runtime.request_stop())
-        if ranks.is_leader and config.topology == "disaggregated":
-            link.when_lost(runtime.controller.leave)
+    with (
+        contextlib.closing(build(config, resume=resume, served=served, ranks=ranks)) as runtime,
+        stop_on_signals(runtime.request_stop),
+    ):
+        if ranks.is_leader:
+            if config.topology == "disaggregated":
+                link.when_lost(runtime.controller.leave)
             link.report("serving")  # before the first answer: no lease is given that the parent cannot know of
+        if ranks.is_leader and config.topology == "disaggregated":
             runtime.serve()
         outcome = runtime.run()
-    link.report("finished" if outcome.finished else "stopped", **outcome.to_dict())
-    ranks.leave()
-    if ranks.size > 1:
-        leave_at_once(0)
+        # still here, where a signal that comes late changes nothing
+        link.report("finished" if outcome.finished else "stopped", **outcome.to_dict())
+        ranks.leave()
+        if ranks.size > 1:
+            leave_at_once(0)
 
 
 def run_capture(config: RunConfig, link: ParentLink, worker_id: str) -> None:

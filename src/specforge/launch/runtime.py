@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -68,7 +69,8 @@ class TrainParts:
     """One rank's side of the training, assembled.
 
     ``server`` and its token only where others capture; ``close_ranks`` ends what ranks do together, in the same order
-    on all of them, and is not called when the run failed.
+    on all of them, and is not called when the run failed. ``stop_capture`` ends the capture of this process, if it has
+    one, after the running sample.
     """
 
     trainer: Trainer
@@ -79,6 +81,7 @@ class TrainParts:
     ranks: Ranks = field(default_factory=Ranks)
     close_ranks: Callable[[], None] = lambda: None
     endpoint: tuple[Server, str] | None = None
+    stop_capture: Callable[[], None] = lambda: None
 
 
 class TrainRuntime:
@@ -90,7 +93,7 @@ class TrainRuntime:
         self.ranks = parts.ranks
         self._parts = parts
         self._resources = resources
-        self._stopping = threading.Event()
+        self._stopping = False
 
     def serve(self) -> tuple[str, str]:
         """Start the control-plane server; (url, token) for the capture side."""
@@ -102,12 +105,13 @@ class TrainRuntime:
         return server.url, token
 
     def request_stop(self) -> None:
-        """End with a checkpoint after the running optimizer step. Safe to call from a signal handler."""
-        self._stopping.set()
+        """End with a checkpoint after the running optimizer step, or the sample that is captured for the next one. Safe
+        to call from any thread and from a signal handler.
+        """
+        self._stopping = True
         self.trainer.request_stop()
-        # The trainer may be blocked waiting for samples that will not come; the lock of the controller may be held by
-        # the very thread that the signal interrupted, hence another thread.
-        threading.Thread(target=self.controller.fail_run, args=("stop requested",), daemon=True).start()
+        # The lock of the controller may be held by the very thread that a signal interrupted, hence another thread.
+        threading.Thread(target=self._end_the_wait, name="stop", daemon=True).start()
 
     def close(self) -> None:
         """Idempotent; ``run`` closes too."""
@@ -134,6 +138,11 @@ class TrainRuntime:
             self._parts.close_ranks()
             return outcome
 
+    def _end_the_wait(self) -> None:
+        """For samples that will not come."""
+        self.controller.fail_run("stop requested")
+        self._parts.stop_capture()
+
     def _train(self) -> bool:
         """Whether the training came to its end. A stop leaves a checkpoint, as does a capture side that failed."""
         try:
@@ -142,7 +151,7 @@ class TrainRuntime:
             self.trainer.save()
             self._parts.checkpointer.wait()
             # All ranks are here, but the signal that stopped the run may not have reached all of them.
-            if not self.ranks.main.sum([float(self._stopping.is_set())])[0]:
+            if not self.ranks.main.sum([float(self._stopping)])[0]:
                 raise
             return False
 
@@ -261,20 +270,37 @@ class HostRuntime:
 
 @contextlib.contextmanager
 def stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for a clean stop; a second SIGINT interrupts at once."""
+    """SIGINT and SIGTERM ask for a clean stop, from a thread; a second SIGINT interrupts at once.
+
+    The main thread may be inside a collective, which waits for another rank and runs no Python signal handler until
+    that one comes: the thread hears of a signal from the interpreter's own handler.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    arrived, arrive = socket.socketpair()
+    arrive.setblocking(False)
 
     def handle(_number: int, _frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        request_stop()
 
-    for number in previous:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def listen() -> None:
+        while number := arrived.recv(1):
+            if number[0] in previous:
+                request_stop()
+
+    with arrived, arrive:
+        listener = threading.Thread(target=listen, name="signals", daemon=True)
+        listener.start()
+        wakeup = signal.set_wakeup_fd(arrive.fileno(), warn_on_full_buffer=False)
+        for number in previous:
+            signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            arrive.shutdown(socket.SHUT_WR)
+            listener.join()

@@ -38,6 +38,10 @@ class Worker(Protocol):
 
     def run_once(self, timeout_s: float) -> bool: ...
 
+    def stop(self) -> None:
+        """End after the running sample, and give the rest back. From any thread."""
+        ...
+
 
 class HandOver:
     """The loader's source: what it took is off the channel. Whether it was trained is the ledger's business."""
@@ -64,6 +68,10 @@ class InlineCapture:
         while self._num_ready() < max_slots and self._worker.run_once(timeout_s=0.0):
             pass
         return self._take(max_slots)
+
+    def stop(self) -> None:
+        """End the capture after the running sample, once the control plane has nothing left. From any thread."""
+        self._worker.stop()
 
 
 class LeaseControl(CaptureControl, Protocol):
@@ -120,7 +128,11 @@ class WhileLeased(_PassedOn):
 
 
 class SharedCapture:
-    """``InlineCapture`` of a leader whose followers capture too: it waits for what they hold."""
+    """``InlineCapture`` of a leader whose followers capture too: it waits for what they hold.
+
+    All lease in small shares what the window of the controller offers, which is one step: whoever is done with a share
+    takes the next one.
+    """
 
     def __init__(
         self,
@@ -141,22 +153,30 @@ class SharedCapture:
             pass
         return self._take(max_slots)
 
+    def stop(self) -> None:
+        """End the capture after the running sample, once the control plane has nothing left. From any thread."""
+        self._worker.stop()
+
     def _is_ready(self) -> bool:
         return self._num_ready() >= self._wanted
 
 
-def capture_while_leased(
-    make_worker: Callable[[CaptureControl], Worker], control: CaptureControl
-) -> Callable[[], None]:
+class CaptureWhileLeased:
     """What a follower does when its leader asks for capture: all that is leased to it, without waiting for more."""
-    noted = WhileLeased(control)
-    worker = make_worker(noted)
 
-    def capture() -> None:
-        while worker.run_once(timeout_s=0.0) and noted.gave:
+    def __init__(self, make_worker: Callable[[CaptureControl], Worker], control: CaptureControl) -> None:
+        self._control = WhileLeased(control)
+        self._worker = make_worker(self._control)
+        self._stopped = False
+
+    def __call__(self) -> None:
+        while not self._stopped and self._worker.run_once(timeout_s=0.0) and self._control.gave:
             pass
 
-    return capture
+    def stop(self) -> None:
+        """End after the running sample; what is left of the leases goes to other ranks. From any thread."""
+        self._stopped = True
+        self._worker.stop()
 
 
 class LeaderSource:

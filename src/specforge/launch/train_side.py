@@ -13,8 +13,8 @@ import contextlib
 import json
 import math
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -40,18 +40,19 @@ from specforge.inference.engine import TargetEngine
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.rollout import RolloutSettings, RolloutWorker
 from specforge.launch.engines import load_target
+from specforge.launch.group import worker_name
 from specforge.launch.held_out import HeldOutEvaluation
 from specforge.launch.inputs import RunInputs, TargetInputs, resolve_device
 from specforge.launch.learner import make_checkpointer, make_trainable, make_trainer
 from specforge.launch.plan import ARENA_SHARE, Plan
 from specforge.launch.runtime import Follower, StepLog, TrainParts, TrainRuntime
 from specforge.launch.sources import (
+    CaptureWhileLeased,
     FollowerSource,
     HandOver,
     InlineCapture,
     LeaderSource,
     SharedCapture,
-    capture_while_leased,
 )
 from specforge.launch.stores import with_retained, with_retention
 from specforge.monitor.console import ConsoleMonitor
@@ -69,7 +70,8 @@ MAX_LEASES = 8
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a supervisor gives the train process: the socket to serve on, the token, and the ids of living workers.
+    """What a supervisor gives the train process: the socket to serve on, the token, the ids of living workers, and how
+    those ended that died with leases of an earlier controller.
 
     ``listener`` None: the process listens by itself, where the configuration says.
     """
@@ -77,6 +79,7 @@ class Served:
     listener: socket.socket | None
     token: str
     live_workers: frozenset[str] = frozenset()
+    crashed: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_worker(
@@ -150,6 +153,7 @@ def build_train_side(
         ranks,
         close_ranks,
         turn.endpoint,
+        turn.stop_capture,
     )
     return TrainRuntime(parts, resources.pop_all())
 
@@ -158,7 +162,8 @@ def build_train_side(
 class _Turn:
     """How a rank comes to its slots: the source, and the store that has their features.
 
-    ``unblock`` ends a ``get`` that waits; ``close`` comes after the last one, and ends what ranks do together.
+    ``unblock`` ends a ``get`` that waits; ``close`` comes after the last one, and ends what ranks do together;
+    ``stop_capture`` ends the capture of this process.
     """
 
     source: RefSource
@@ -166,6 +171,7 @@ class _Turn:
     unblock: Callable[[], None]
     close: Callable[[], None] = lambda: None
     endpoint: tuple[ControlPlaneServer, str] | None = None
+    stop_capture: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +207,14 @@ class _Lead:
             Position(position.num_slots, position.step, prefix=self.inputs.config.control_plane.order == "strict"),
             checkpoint.ledger if checkpoint else None,
             served.live_workers if served else (),
+            served.crashed if served else None,
         )
 
     def turn(
         self, engine: TargetEngine | None, served: Served | None, ranks: Ranks, resources: contextlib.ExitStack
     ) -> _Turn:
         control, take = self.inputs.config.control_plane, HandOver(self.queue).get
-        endpoint = None
+        endpoint, stop_capture = None, _nothing
         if served is not None:
             server = ControlPlaneServer(
                 self.controller, served.token, control.host, control.port, listener=served.listener
@@ -218,20 +225,22 @@ class _Lead:
             if engine is not None:
                 worker = make_worker(self.inputs, self.controller, engine, self.store, "inline")
                 alone = InlineCapture(worker, self.writer.in_flight, take)
-            return _Turn(alone, self.store, self.controller.finish, endpoint=endpoint)
+                stop_capture = alone.stop
+            return _Turn(alone, self.store, self.controller.finish, endpoint=endpoint, stop_capture=stop_capture)
         source: RefSource = HandOver(self.queue)
         if engine is not None:
             assert endpoint is not None
             _tell_endpoint(endpoint, ranks, resources)
             source = SharedCapture(
-                lambda control: make_worker(self.inputs, control, engine, self.store, _worker_name(ranks)),
+                lambda control: make_worker(self.inputs, control, engine, self.store, worker_name(ranks.rank)),
                 self.controller,
                 self.writer.in_flight,
                 take,
             )
+            stop_capture = source.stop
         everywhere = LeaderSource(source, ranks.stream, asks=engine is not None)
         close = _one_after_the_other(everywhere.close, ranks.main.wait)
-        return _Turn(everywhere, self.store, self.controller.finish, close, endpoint)
+        return _Turn(everywhere, self.store, self.controller.finish, close, endpoint, stop_capture)
 
 
 def _follow(
@@ -242,16 +251,18 @@ def _follow(
     resources: contextlib.ExitStack,
 ) -> _Turn:
     """A rank that takes its slots from the leader and, with an ``engine``, captures for it."""
-    capture: Callable[[], None] = lambda: None  # noqa: E731
+    capture, stop_capture = _nothing, _nothing
     if engine is not None:
         url, token = json.loads(ranks.main.broadcast(b""))
         client = ControlPlaneClient(url, token, reconnect_s=inputs.config.control_plane.reconnect_s)
         resources.callback(client.close)
-        capture = capture_while_leased(
-            lambda control: make_worker(inputs, control, engine, store, _worker_name(ranks)), client
+        capture = CaptureWhileLeased(
+            lambda control: make_worker(inputs, control, engine, store, worker_name(ranks.rank)), client
         )
+        stop_capture = capture.stop
     source = FollowerSource(ranks.stream, capture)
-    return _Turn(source, store, source.cancel, _one_after_the_other(source.close, ranks.main.wait))
+    close = _one_after_the_other(source.close, ranks.main.wait)
+    return _Turn(source, store, source.cancel, close, stop_capture=stop_capture)
 
 
 def _tell_endpoint(endpoint: tuple[ControlPlaneServer, str], ranks: Ranks, resources: contextlib.ExitStack) -> None:
@@ -262,8 +273,8 @@ def _tell_endpoint(endpoint: tuple[ControlPlaneServer, str], ranks: Ranks, resou
     ranks.main.broadcast(json.dumps([server.url, token]).encode())
 
 
-def _worker_name(ranks: Ranks) -> str:
-    return f"train-{ranks.rank}"
+def _nothing() -> None:
+    """To do."""
 
 
 def _one_after_the_other(*steps: Callable[[], None]) -> Callable[[], None]:
@@ -311,8 +322,10 @@ MODES = {
 def controller_settings(inputs: RunInputs) -> ControllerSettings:
     control, plan = inputs.config.control_plane, inputs.plan
     capacity, tolerated = plan.store_capacity_bytes, control.max_quarantined
+    # Ranks that capture and train lose by capturing ahead: all wait in the next step for the one that does.
+    ahead = inputs.config.topology == "disaggregated" or inputs.config.launch.num_train_ranks == 1
     return ControllerSettings(
-        window_slots=plan.window_slots,
+        window_slots=plan.window_slots if ahead else inputs.config.training.global_batch_size,
         step_slots=inputs.config.training.global_batch_size,
         max_resident_bytes=None if capacity is None else int(capacity * ARENA_SHARE),
         bytes_per_token=plan.bytes_per_token,

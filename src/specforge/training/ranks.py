@@ -13,13 +13,17 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # exported, but not in its own stubs
 
 from specforge.errors import ConfigError
 
 LEADER = 0
 """The rank that owns the ledger, writes logs and decides."""
+FILE = "file://"
+"""Begins the name of a file at which ranks meet."""
 LONG_WAIT = dt.timedelta(days=30)
-"""For a wait that has no natural limit, such as that for captured samples. A peer that dies ends it at once."""
+"""For a wait that has no natural limit, such as that for captured samples. A peer that dies ends it at once over gloo;
+over NCCL whoever started the ranks does."""
 
 
 class Channel:
@@ -82,11 +86,20 @@ class Channel:
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where the ranks of a run meet: ``init_method`` as :func:`torch.distributed.init_process_group` takes it."""
+    """Where the ranks of a run meet. ``init_method``: ``env://``, or ``file://`` and a path as it is, not encoded."""
 
     init_method: str
     rank: int
     size: int
+
+    def open_file(self) -> FileStore | None:
+        """The file where they meet, if it is one."""
+        # By itself torch takes the path for a URL: it decodes nothing, and stops at a "#".
+        if not self.init_method.startswith(FILE):
+            return None
+        store = FileStore(self.init_method.removeprefix(FILE), self.size)
+        store.set_timeout(LONG_WAIT)
+        return store
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +145,14 @@ class Ranks:
                 "choose a divisor, or another number of ranks"
             )
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        file = where.open_file()
         dist.init_process_group(
-            backend, init_method=where.init_method, rank=where.rank, world_size=where.size, timeout=LONG_WAIT
+            backend,
+            init_method=None if file is not None else where.init_method,
+            store=file,
+            rank=where.rank,
+            world_size=where.size,
+            timeout=LONG_WAIT,
         )
         main, stream, background = (
             Channel(where.size, dist.new_group(backend="gloo", timeout=LONG_WAIT)) for _ in range(3)

@@ -106,6 +106,54 @@ def test_the_failure_budget_names_the_last_one(store):
 # Restarts
 
 
+def test_leases_of_a_worker_that_died_with_its_controller_are_crashes_wherever_their_slots_are(store):
+    run = Run(store)
+    dead, other = run.lease(2, "w0"), run.lease(1, "w1")
+    again = Run(store, window_slots=1, step_slots=1)
+    again.controller.resume(Position(0, 0), crashed={"w0": "killed by SIGKILL"})
+    assert [store.sample(lease.task.index).num_crashes for lease in [*dead, *other]] == [1, 1, 0]
+    assert again.controller.summary()["num_crashes"] == 1
+    assert again.run_to_end() == list(range(NUM_SAMPLES)), "the workers of the same name go on"
+
+
+def test_a_prompt_that_kills_its_process_is_quarantined_though_each_time_the_controller_dies_too(store):
+    """Slot 4 is beyond the window of the checkpoint, at slot 0, to which every death returns."""
+    limits = {"window_slots": 2, "max_crash_attempts": 2, "max_quarantined": 1}
+    poison = Run(store).indices([4])[0]
+    crashed: dict[str, str] = {}
+    num_deaths = 0
+    while True:
+        run = Run(store, **limits)
+        run.controller.resume(Position(0, 0), crashed=crashed)
+        if store.quarantines() or num_deaths == 9:
+            break
+        step = 0
+        while (lease := run.lease(1, "w0")[0]).task.index != poison:
+            run.commit([lease])
+            step += 1
+            run.train(run.poll(1), step)
+        num_deaths += 1
+        crashed = {"w0": "killed by SIGSEGV"}
+    (quarantine,) = store.quarantines()
+    assert (num_deaths, quarantine.index, quarantine.from_slot) == (4, poison, 0)
+    assert (
+        "4 workers died while they held it, 2 of them while they held nothing else; the last was" in quarantine.reason
+    )
+    assert run.run_to_end() == [slot for slot in range(NUM_SAMPLES) if slot != 4]
+    again = Run(store, **limits)
+    again.controller.resume(Position(0, 0), crashed=crashed)
+    assert store.quarantines() == [quarantine], "also after another return to the checkpoint"
+
+
+def test_the_failure_budget_holds_for_prompts_that_are_condemned_at_a_restart(store):
+    for crashed in ({}, *[{"w0": "killed by SIGSEGV"}] * 3):
+        run = Run(store, max_crash_attempts=1)
+        run.controller.resume(Position(0, 0), crashed=crashed)
+        run.lease(1, "w0")
+    with pytest.raises(ProducerFailed, match=r"more than max_quarantined = 0.*worker w0: killed by SIGSEGV"):
+        run.reader.poll(1)
+
+
 def test_features_that_can_still_be_read_are_adopted(store):
     run = Run(store, epochs=2)
     run.commit(run.lease())

@@ -3,6 +3,7 @@ import torch
 
 from specforge.errors import ConfigError, RunFailed
 from specforge.launch.group import Seat, lost_peer, torchrun_seat
+from specforge.training.ranks import Ranks, Rendezvous
 
 TORCHRUN = {
     "RANK": "1",
@@ -42,8 +43,13 @@ def test_a_single_rank_meets_nobody():
     ("error", "expected"),
     [
         (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:7316"), True),
-        (torch.distributed.DistBackendError("a communicator was aborted"), True),
-        (RunFailed("the checkpoint of step 3 could not be written (rank 1: RuntimeError: Broken pipe)"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:538] Read error: Connection reset by peer"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:465] writev [127.0.0.1]:7316: Broken pipe"), True),
+        (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (torch.distributed.DistBackendError("NCCL error: Cuda failure 2 'out of memory'"), False),
+        (torch.distributed.DistStoreError("wait timeout after 1000ms"), False),
+        (RuntimeError("[gloo/types.h:81] op.preamble.length <= op.nbytes. 16 vs 8"), False),
+        (RunFailed("the checkpoint of step 3 could not be written (rank 1: RuntimeError: Broken pipe)"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("connection closed"), False),
     ],
@@ -56,3 +62,17 @@ def test_a_failure_that_a_lost_rank_caused_is_one_too():
     failure = RunFailed("the step failed")
     failure.__cause__ = RuntimeError("Gloo: connection reset")
     assert lost_peer(failure)
+    failure.__cause__ = OSError("no space left on device")
+    assert not lost_peer(failure)
+
+
+def test_ranks_meet_in_a_directory_of_any_name(tmp_path, monkeypatch):
+    meeting = tmp_path / "a b#c%20d" / "1"
+    meeting.parent.mkdir()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    ranks = Ranks.join(Rendezvous(f"file://{meeting}", 0, 1))
+    try:
+        assert meeting.exists()
+        assert ranks.main.sum([2.0]) == [2.0]
+    finally:
+        ranks.leave()

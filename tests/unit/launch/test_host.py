@@ -183,8 +183,9 @@ def test_a_trainer_whose_features_are_lost_or_that_was_killed_goes_on_from_its_c
     assert [given["resume"] for given in run.told("train", "arguments")] == [False, True]
     first, second = run.told("train", "start")
     groups = [first.pop("group"), second.pop("group")]
-    assert first == {"token": run.endpoint.token, "workers": []}
-    assert second == {"token": run.endpoint.token, "workers": ["capture-0.1", "capture-1.1"]}
+    crashed = {"train-0": "killed by SIGKILL"} if act == "kill" else {}
+    assert first == {"token": run.endpoint.token, "workers": [], "crashed": {}}
+    assert second == {"token": run.endpoint.token, "workers": ["capture-0.1", "capture-1.1"], "crashed": crashed}
     assert [(group["rank"], group["size"]) for group in groups] == [(0, 1), (0, 1)]
 
 
@@ -239,6 +240,72 @@ def test_one_limit_counts_the_deaths_of_all_ranks(stage):
     with pytest.raises(RunFailed, match=r"the train-1 process failed: killed by SIGKILL \(3 deaths in a row; log: "):
         run.run()
     assert [death.name for death in run.deaths()] == ["train-1", "train"]
+
+
+@pytest.mark.parametrize(
+    ("act", "crashed"),
+    [
+        ("kill", {"train-1": "killed by SIGKILL"}),
+        ("exit 3", {"train-1": "exited with code 3 without saying why"}),
+        ("fail FeatureNotFound: sample 's3'", {}),
+    ],
+)
+def test_the_next_leader_is_told_which_rank_died_without_a_word(stage, act, crashed):
+    run = stage(
+        train=[["hear start", "serving", "note lost", "lose connection closed"], ["hear start", "finish"]],
+        train_1=[["hear start", "until train lost", act], ["wait"]],
+    )
+    assert run.run()["train"]["answer"] == 42
+    assert [start["crashed"] for start in run.told("train", "start")] == [{}, crashed]
+
+
+def test_leases_of_a_dead_rank_are_charged_once_and_by_a_leader_that_lived_to_do_so(stage):
+    run = stage(
+        RestartOptions(max_restarts=3, first_backoff_s=0.01, longest_backoff_s=0.01),
+        train=[
+            ["hear start", "serving", "note first", "wait"],
+            ["hear start", "kill"],
+            ["hear start", "serving", "note third", "fail FeatureNotFound: sample 's3'"],
+            ["hear start", "finish"],
+        ],
+        train_1=[["until train first", "kill"], ["wait"]],
+    )
+    assert run.run()["train"]["answer"] == 42
+    charged = {"train-1": "killed by SIGKILL"}
+    assert [start["crashed"] for start in run.told("train", "start")] == [{}, charged, charged, {}]
+
+
+def test_leases_of_an_earlier_run_are_nobodys_crime(stage):
+    run = stage(
+        train=[["hear start", "wait"], ["hear start", "finish"]], train_1=[["until train start", "kill"], ["wait"]]
+    )
+    run.run()
+    assert [start["crashed"] for start in run.told("train", "start")] == [{}, {}]
+
+
+@pytest.mark.parametrize(("advances", "num_deaths"), [(True, [1, 1, 1]), (False, [1, 2])])
+def test_ranks_that_live_long_but_never_reach_a_newer_checkpoint_are_given_up(stage, advances, num_deaths):
+    options = RestartOptions(max_restarts=2, first_backoff_s=0.01, longest_backoff_s=0.01, healthy_after_s=1e-9)
+    run = stage(options, train=[["kill"], ["kill"], ["kill"], ["finish"]], train_1=[["wait"]])
+    run.executor = HostExecutor(
+        run.endpoint, options, COMMAND, run.observe, lambda: len(run.happened) if advances else 0
+    )
+    if advances:
+        run.run()
+    else:
+        with pytest.raises(RunFailed, match=r"killed by SIGKILL \(3 deaths in a row"):
+            run.run()
+    assert [death.num_deaths for death in run.deaths()] == num_deaths
+
+
+def test_ranks_meet_where_the_name_of_the_directory_is_odd(stage, tmp_path, monkeypatch):
+    odd = tmp_path / "a b#c%20d"
+    odd.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(odd))
+    run = stage(train=[["hear start", "finish"]], train_1=[["hear start", "wait"]])
+    run.run()
+    (start,) = run.told("train", "start")
+    assert start["group"]["init_method"].startswith(f"file://{odd}/specforge-")
 
 
 def test_what_a_rank_heard_of_its_leader_is_reported_by_the_leader(stage):

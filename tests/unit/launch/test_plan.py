@@ -161,8 +161,8 @@ def test_each_run_has_a_schema_of_its_own_in_postgres():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"control_plane": {"order": "arrival"}}, "one process captures in order anyway; use strict"),
-        ({"launch": {"num_capture_workers": 2}}, "one process captures and trains"),
+        ({"control_plane": {"order": "arrival"}}, "the processes that train capture, and in order; use strict"),
+        ({"launch": {"num_capture_workers": 2}}, "the processes that train capture"),
         (
             {"topology": "disaggregated", "control_plane": {"order": "arrival", "ledger": {"kind": "memory"}}},
             "is memory, which does not outlive",

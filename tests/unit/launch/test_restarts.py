@@ -48,3 +48,25 @@ def test_a_long_row_of_deaths_keeps_the_longest_wait():
     restarts.started()
     delays = [restarts.died() for _ in range(5000)]
     assert delays[-1] == 30.0
+
+
+def test_who_goes_over_the_same_ground_again_is_given_up_however_long_it_lived():
+    clock, step = Clock(), 30
+    restarts = Restarts(RestartOptions(max_restarts=2, healthy_after_s=120.0), clock, lambda: step)
+    delays = []
+    for at_death in (30, 40, 40, 40):
+        restarts.started()
+        clock.now += 500.0
+        step = at_death
+        delays.append(restarts.died())
+    assert delays == [0.5, 0.5, 1.0, None]
+
+
+def test_a_short_life_continues_the_row_whatever_it_reached():
+    steps = iter([0, 10, 20, 30])
+    restarts = Restarts(RestartOptions(max_restarts=2, healthy_after_s=120.0), Clock(), lambda: next(steps))
+    delays = []
+    for _ in range(3):
+        restarts.started()
+        delays.append(restarts.died())
+    assert delays == [0.5, 1.0, None]

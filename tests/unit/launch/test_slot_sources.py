@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from specforge.contracts.refs import SampleRef, Slot, SlotRef
+from specforge.control_plane.base import Lease, LeaseReply
 from specforge.errors import ProducerFailed
-from specforge.launch.sources import FollowerSource, LeaderSource
+from specforge.launch.sources import CaptureWhileLeased, FollowerSource, LeaderSource
+from specforge.testing.metadata_store import make_task
 from specforge.training.ranks import Channel
 
 DEADLINE_S = 30.0
@@ -136,3 +138,57 @@ def test_followers_capture_before_each_window_that_is_shared():
         assert len(num_captures) == number
     leader.close()
     follower.close()
+
+
+class Offered:
+    """A control plane that has so many tasks to lease, and then none for the moment."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+
+    def lease(self, worker_id: str, max_tasks: int, timeout_s: float) -> LeaseReply:
+        assert timeout_s == 0.0
+        taken = min(max_tasks, self.num)
+        self.num -= taken
+        return LeaseReply(tuple(Lease(make_task(index), 1, 60.0) for index in range(taken)), finished=False)
+
+
+class Leasing:
+    """A worker that does no more than lease, one at a time."""
+
+    def __init__(self, control, after_each) -> None:
+        self._control, self._after_each = control, after_each
+        self.is_stopped = False
+
+    def run_once(self, timeout_s: float) -> bool:
+        reply = self._control.lease("train-1", 1, timeout_s)
+        self._after_each()
+        return not reply.finished
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+def test_a_follower_captures_what_it_is_leased_and_again_when_it_is_asked_again():
+    control = Offered(3)
+    capture = CaptureWhileLeased(lambda inner: Leasing(inner, lambda: None), control)
+    capture()
+    assert control.num == 0
+    control.num = 2
+    capture()
+    assert control.num == 0
+
+
+def test_a_follower_that_is_stopped_captures_no_more():
+    control = Offered(10)
+    workers: list[Leasing] = []
+
+    def make(inner) -> Leasing:
+        workers.append(Leasing(inner, lambda: capture.stop() if control.num == 7 else None))
+        return workers[0]
+
+    capture = CaptureWhileLeased(make, control)
+    for _ in range(2):
+        capture()
+        assert control.num == 7
+    assert workers[0].is_stopped
