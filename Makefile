@@ -51,7 +51,7 @@ test: $(VENV)/.dev ## the test suite (a few minutes)
 	$(BIN)/python -m pytest -m 'not full' --numprocesses 2 --dist loadfile $(ARGS)
 
 test-full: $(VENV)/.dev $(ENGINES)/.vllm ## what is slow: the whole demo, killed and resumed; vLLM
-	$(BIN)/python -m pytest -m full $(ARGS)
+	$(BIN)/python -m pytest -m full --numprocesses 2 --dist loadfile $(ARGS)
 
 test-engines: $(VENV)/.dev $(ENGINES)/.vllm ## exported drafts in a real vLLM, in an environment of its own
 	$(BIN)/python -m pytest -m full tests/engines $(ARGS)
