@@ -19,6 +19,9 @@ SpecForgeError
 |   |-- FeatureNotFound       no live features of that sample and generation
 |   `-- CorruptFeature        bytes are short, torn or of another shape
 |-- EngineError               the target engine failed
+|   |-- ServerUnavailable     a capture server did not answer, or not properly: another one, or later, may
+|   |-- ServerRefused         a capture server that cannot serve this run at all: another model, other layers
+|   `-- PromptRefused         an engine that is well cannot capture this prompt
 `-- RunFailed                 a run ended because one of its sides failed; carries the original traceback
 """
 
@@ -102,6 +105,20 @@ class CorruptFeature(FeatureStoreError):
 
 class EngineError(SpecForgeError):
     """The target engine failed."""
+
+
+class ServerUnavailable(EngineError):
+    """A capture server did not answer, or not properly. Another one may, or the same one later."""
+
+
+class ServerRefused(EngineError):
+    """A capture server that cannot serve this run, however often it is asked: another model, other layers, a token that
+    it does not take. The message names the server.
+    """
+
+
+class PromptRefused(EngineError):
+    """An engine that is well cannot capture this prompt."""
 
 
 class RunFailed(SpecForgeError):

@@ -3,11 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")]
+
+ServerUrl = Annotated[str, Field(pattern=r"^https?://[^\s/@]+/?$")]
+
+
+class ServersConfig(BaseModel):
+    """Live servers that run the target and capture."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    dialect: Literal["specforge", "vllm", "sglang"] = Field(
+        "specforge", description="What the servers are: specforge serve-target, vLLM with our connector, or SGLang."
+    )
+    urls: tuple[ServerUrl, ...] = Field((), description="Their addresses, such as http://10.0.0.7:8100.")
+    file: Path | None = Field(
+        None, description="A file with one address a line, read again when it changes: servers come and go with it."
+    )
+    token_file: Path | None = Field(
+        None,
+        description="A file with the token that the servers want, readable by its owner alone; null: the environment "
+        "variable SPECFORGE_CAPTURE_TOKEN, or none.",
+    )
+    transport: Literal["store", "inline"] = Field(
+        "store",
+        description="store: the servers write features into the run's feature store themselves; inline: they answer "
+        "with them, and the capture process writes.",
+    )
+    max_in_flight: PositiveInt = Field(8, description="Requests that one server works on at a time, at most.")
+    timeout_s: PositiveFloat = Field(
+        300.0, description="A server that has not answered a request after this many seconds has failed."
+    )
+    longest_backoff_s: PositiveFloat = Field(
+        30.0, description="The longest wait before a server that failed is asked again, in seconds."
+    )
+    unserved_s: PositiveFloat = Field(
+        600.0, description="A run of which no server has answered for this many seconds fails."
+    )
+    self_test: bool = Field(True, description="Test what the servers capture before the first step.")
+
+    @model_validator(mode="after")
+    def _names_some(self) -> Self:
+        if not self.urls and self.file is None:
+            raise ValueError("servers that are named: give urls, a file, or both")
+        return self
 
 
 class TargetConfig(BaseModel):
@@ -23,3 +66,6 @@ class TargetConfig(BaseModel):
         "auto", description="Where the target runs: auto (CUDA when there is one), cpu, cuda or cuda:N."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the target's directory.")
+    servers: ServersConfig | None = Field(
+        None, description="Live servers that run the target; null: the processes that capture load it themselves."
+    )

@@ -1,0 +1,1 @@
+"""What runs inside other engines: imports ``contracts`` and ``data_plane``, and each engine in one file."""
