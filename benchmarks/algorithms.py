@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from specforge.config.run import RunConfig
+from specforge.contracts.capture_server import Generate
 from specforge.demo.run import Demo, DemoRecipe, held_out_prompts, make_responses
 from specforge.evaluation.simulated import simulate
 from specforge.evaluation.speculative import SpeculativeDecoder
@@ -124,7 +125,7 @@ def evaluate(demo: Demo, seed: int) -> dict[str, Any]:
     loaded = load_draft(demo.out / "train", engine.info, engine.tables)
     prompts = [prompt.input_ids for prompt in held_out_prompts(replace(demo, seed=seed))]
     spec = replace(loaded.spec, dtype="float32")
-    answers = [generation.token_ids for generation in engine.generate(prompts, NEW_TOKENS)]
+    answers = [generation.token_ids for generation in engine.generate(prompts, Generate(NEW_TOKENS))]
     simulated = simulate(
         engine,
         loaded.algorithm,

@@ -25,6 +25,7 @@ from specforge.algorithms.base import DraftRequest, Proposal, Proposer
 from specforge.algorithms.eagle3.algorithm import Eagle3
 from specforge.algorithms.eagle3.config import Eagle3Options
 from specforge.contracts.capture import CaptureSpec
+from specforge.contracts.capture_server import Generate
 from specforge.demo.run import PACKAGED_TARGET
 from specforge.evaluation.lanes import open_session
 from specforge.evaluation.speculative import SpeculativeDecoder
@@ -86,7 +87,7 @@ def measure(batch_size: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, PROMPT_TOKENS)
     prompts: list[list[int]] = torch.randint(1, engine.info.vocab_size, shape, generator=generator).tolist()
-    outputs = [[*prompt, *engine.generate([prompt], NEW_TOKENS)[0].token_ids] for prompt in prompts]
+    outputs = [[*prompt, *engine.generate([prompt], Generate(NEW_TOKENS))[0].token_ids] for prompt in prompts]
     oracles = [OracleProposer(algorithm.proposer(draft, engine.tables), output) for output in outputs]
     decoder = SpeculativeDecoder(engine, oracles, spec, NUM_PROPOSALS)
     session = open_session(engine, spec, batch_size)

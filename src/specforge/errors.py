@@ -10,7 +10,7 @@ SpecForgeError
 |-- ContractError             a record that breaks a contract (a tensor in metadata, an unknown field, ...)
 |-- ControlPlaneError         the ledger, the controller or the channel refused
 |   |-- InvalidTransition     a sample or slot is not in the state that the transition needs
-|   |-- StaleGeneration       a late commit of an expired attempt: its features must be freed
+|   |-- StaleGeneration       a late call of an expired attempt: what it made must be freed
 |   |-- ChannelClosed         publish after close
 |   `-- ProducerFailed        the other side of the channel failed; never mistaken for an end of stream
 |-- FeatureStoreError
@@ -20,7 +20,9 @@ SpecForgeError
 |   `-- CorruptFeature        bytes are short, torn or of another shape
 |-- EngineError               the target engine failed
 |   |-- ServerUnavailable     a capture server did not answer, or not properly: another one, or later, may
+|   |   `-- ServerBusy        it says that it has not begun with the request: nothing that was asked is to blame
 |   |-- ServerRefused         a capture server that cannot serve this run at all: another model, other layers
+|   |   `-- CaptureTestFailed its features are not what their names promise
 |   `-- PromptRefused         an engine that is well cannot capture this prompt
 `-- RunFailed                 a run ended because one of its sides failed; carries the original traceback
 """
@@ -72,7 +74,7 @@ class InvalidTransition(ControlPlaneError):
 
 
 class StaleGeneration(ControlPlaneError):
-    """A commit of an attempt that is no longer the live one. The features of that attempt must be freed."""
+    """A call of an attempt that is no longer the live one. What that attempt made must be freed."""
 
 
 class ChannelClosed(ControlPlaneError):
@@ -111,10 +113,18 @@ class ServerUnavailable(EngineError):
     """A capture server did not answer, or not properly. Another one may, or the same one later."""
 
 
+class ServerBusy(ServerUnavailable):
+    """A capture server that says it has not begun with the request. Nothing that was asked is to blame for it."""
+
+
 class ServerRefused(EngineError):
     """A capture server that cannot serve this run, however often it is asked: another model, other layers, a token that
     it does not take. The message names the server.
     """
+
+
+class CaptureTestFailed(ServerRefused):
+    """A capture server failed the self-test. The message names the conventions that it breaks, and what to do."""
 
 
 class PromptRefused(EngineError):

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 FAULT_POINTS = (
     "worker.leased",
+    "worker.recorded",
     "worker.captured",
     "worker.stored",
     "worker.committed",
     "controller.leased",
+    "controller.recorded",
     "controller.committed",
     "controller.published",
     "controller.acked",

@@ -13,7 +13,9 @@ from specforge.launch import roles
 
 
 def points_of(role: str) -> list[str]:
-    return [name for name in FAULT_POINTS if name.startswith("worker.") == (role == "capture")]
+    """In the order in which they are armed: first those that a sample passes once in the life of a run."""
+    names = [name for name in FAULT_POINTS if name.startswith("worker.") == (role == "capture")]
+    return sorted(names, key=lambda name: not name.endswith(".recorded"))
 
 
 def arm_next(directory: Path, role: str) -> None:

@@ -73,12 +73,15 @@ def test_twenty_random_kills_and_a_restart_of_postgresql_do_not_show(tmp_path, t
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
-def test_a_kill_between_any_two_steps_of_a_samples_life_does_not_show(tmp_path, tiny_target_dir, undisturbed):
-    run_yaml = chaos.write_run(tmp_path, tiny_target_dir, num_epochs=SHORT_EPOCHS)
+def test_a_kill_between_any_two_steps_of_a_samples_life_does_not_show(tmp_path, tiny_target_dir):
+    """The target answers the prompts, so that samples pass all of them."""
+    answers = {"data__max_length": 512, "data__generate": {"max_new_tokens": 8, "temperature": 0.8}}
+    undisturbed = weights_of_undisturbed_run(tmp_path / "undisturbed", tiny_target_dir, SHORT_EPOCHS, **answers)
+    run_yaml = chaos.write_run(tmp_path / "armed", tiny_target_dir, num_epochs=SHORT_EPOCHS, **answers)
     fired = tmp_path / "fired"
     fired.mkdir()
     script = str(Path(__file__).with_name("armed_run.py"))
-    command = runs.Command([script, str(fired), str(run_yaml)], tmp_path / "armed")
+    command = runs.Command([script, str(fired), str(run_yaml)], tmp_path / "output")
     command.process.wait(chaos.DEADLINE_S)
     result = command.succeed()
     assert {path.name for path in fired.iterdir()} == {*points_of("train"), *points_of("capture")}

@@ -148,7 +148,7 @@ def test_slow_and_torn_requests_end_and_hold_nobody_up():
         torn.shutdown(socket.SHUT_WR)
         assert answer_of(torn) == b""
     # Only the client's own connection is left.
-    wait_until(lambda: len(served.server._server.server_state.connections) == 1)
+    wait_until(lambda: len(served.server._http._server.server_state.connections) == 1)
     assert served.controller.summary() == before
     served.close()
 
@@ -197,7 +197,7 @@ def test_stopping_does_not_wait_for_a_body_that_never_comes():
     served = Served(server={"body_timeout_s": 1000.0})
     with connect(served) as connection:
         connection.sendall(head("/v1/lease", "Content-Length: 100"))
-        wait_until(lambda: served.server._server.server_state.tasks)
+        wait_until(lambda: served.server._http._server.server_state.tasks)
         stopping = threading.Thread(target=served.server.stop)
         stopping.start()
         stopping.join(20)

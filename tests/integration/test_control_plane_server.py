@@ -165,7 +165,7 @@ def test_the_description_is_complete(http):
     assert set(re.findall(r"#/components/schemas/(\w+)", text)) <= set(components)
     bodies = [path["post"]["requestBody"]["content"] for path in document["paths"].values() if "post" in path]
     names = [body["application/json"]["schema"]["$ref"].rpartition("/")[2] for body in bodies]
-    assert len(names) == 9
+    assert len(names) == 10
     assert not any(components[name]["additionalProperties"] for name in [*names, "SampleRef", "FeatureSpec", "Slot"])
     for path in document["paths"].values():
         answers = path["post"]["responses"] if "post" in path else {}

@@ -1,4 +1,6 @@
-"""``specforge doctor``: what this machine has, what is missing, and the command that installs it."""
+"""``specforge doctor``: what this machine has, what is missing, and the command that installs it; with ``--engine``,
+whether what a capture server gives is right.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +11,55 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from specforge.cli.output import AsJson, flat, print_json, print_table, shown_bytes
+from specforge.cli.output import AsJson, flat, print_columns, print_json, print_table, shown, shown_bytes
 
 MIN_PYTHON = (3, 11)
+DIALECTS = ("specforge", "vllm", "sglang")
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9._-]+)[^;]*(?:;.*extra\s*==\s*['\"]([\w-]+)['\"])?")
 
 
 def register(app: typer.Typer) -> None:
     app.command(
         "doctor",
-        short_help="Say what is installed, missing, and how to install it.",
-        epilog="Example: specforge doctor --json",
+        short_help="Say what is installed, missing, and how to install it; test a capture server.",
+        epilog="Example: specforge doctor --engine http://127.0.0.1:8100 --target models/target",
     )(doctor)
 
 
-def doctor(as_json: AsJson = False) -> None:
-    """Say what is installed, which extras are missing, and how to install them."""
+def doctor(
+    engine: Annotated[
+        str | None, typer.Option("--engine", metavar="URL", help="Test the capture server at this address instead.")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option("--target", help="With --engine: the directory of the target that it serves.")
+    ] = None,
+    dialect: Annotated[
+        str, typer.Option("--dialect", help=f"With --engine: what the server speaks, one of {', '.join(DIALECTS)}.")
+    ] = "specforge",
+    token_file: Annotated[
+        Path | None,
+        typer.Option("--token-file", help="With --engine: a file with its token.  [default: SPECFORGE_CAPTURE_TOKEN]"),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", metavar="0,1,2", help="With --engine: ids of decoder layers to capture, from 0."),
+    ] = None,
+    feature_dir: Annotated[
+        Path | None,
+        typer.Option("--feature-dir", help="With --engine: a directory that both see, where it cannot answer inline."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is installed, which extras are missing, and how to install them. With --engine: test whether what a
+    capture server gives is what a draft would need; exit code 1 where it is not.
+    """
+    if engine is not None:
+        _engine(engine, target, dialect, token_file, layers, feature_dir, as_json)
+        return
     found = {"machine": machine(), "torch": torch_facts(), "packages": packages(), "extras": extras()}
     if as_json:
         print_json(found)
@@ -39,6 +70,43 @@ def doctor(as_json: AsJson = False) -> None:
         "Packages", [(name, version or "missing: pip install specforge") for name, version in found["packages"].items()]
     )
     print_table("Extras", [(name, _extra_line(extra)) for name, extra in found["extras"].items()])
+
+
+def _engine(
+    url: str,
+    target: Path | None,
+    dialect: str,
+    token_file: Path | None,
+    layers: str | None,
+    feature_dir: Path | None,
+    as_json: bool,
+) -> None:
+    if target is None or not target.is_dir():
+        raise typer.BadParameter(f"{target or 'nothing'} is no directory; give the target's", param_hint="--target")
+    if dialect not in DIALECTS:
+        raise typer.BadParameter(f"{dialect!r} is not one of {', '.join(DIALECTS)}", param_hint="--dialect")
+    if not re.fullmatch(r"https?://[^\s/@]+/?", url):
+        raise typer.BadParameter(f"{url!r} is no address such as http://10.0.0.7:8100", param_hint="--engine")
+    ids = layers.split(",") if layers is not None else []
+    if not all(re.fullmatch(r"\s*\d{1,4}\s*", layer) for layer in ids) or len(set(map(int, ids))) < len(ids):
+        raise typer.BadParameter(f"{layers!r} is no list of distinct ids such as 0,1,2", param_hint="--layers")
+    from specforge.launch.self_test import Diagnosis, diagnose
+
+    found = diagnose(Diagnosis(url, target, dialect, token_file, tuple(map(int, ids)), feature_dir))
+    if as_json:
+        print_json(found)
+    else:
+        print_table(f"Capture server {found['url']}", [*flat(found["info"]), ("tested layers", found["aux_layers"])])
+        print_columns("Self-test", ("check", "verdict", "measured"), [_check_line(check) for check in found["checks"]])
+        for sentence in found["sentences"]:
+            print(f"* {sentence}")
+    if not found["passed"]:
+        raise typer.Exit(1)
+
+
+def _check_line(check: dict[str, Any]) -> tuple[str, str, str]:
+    measured = ", ".join(f"{name} {shown(value)}" for name, value in check["measured"].items())
+    return check["name"], check["verdict"], measured if check["verdict"] != "unverified" else check["where"]
 
 
 def machine() -> dict[str, Any]:

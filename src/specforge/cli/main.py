@@ -17,11 +17,23 @@ from typing import Annotated
 import typer
 
 from specforge import __version__
-from specforge.cli import capture, demo, doctor, evaluate, export, plan, quarantine, status, train
+from specforge.cli import (
+    capture,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    plan,
+    quarantine,
+    regenerate,
+    serve_target,
+    status,
+    train,
+)
 from specforge.errors import SpecForgeError, UserError
 
 RESUMABLE = ("train", "demo")
-REPEATABLE = ("capture",)
+REPEATABLE = ("capture", "regenerate")
 """Given again, it goes on where it was."""
 FIXABLE = frozenset(
     {
@@ -49,8 +61,10 @@ demo.register(app)
 train.register(app)
 plan.register(app)
 capture.register(app)
+regenerate.register(app)
 evaluate.register(app)
 export.register(app)
+serve_target.register(app)
 status.register(app)
 quarantine.register(app)
 doctor.register(app)

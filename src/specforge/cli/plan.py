@@ -39,6 +39,7 @@ NAMES = {
     "ledger_path": "ledger file",
     "ledger_url": "ledger database",
     "ledger_name": "ledger schema",
+    "servers": "capture servers",
     "target_bytes": "target weights",
     "draft_parameters": "draft parameters",
 }

@@ -58,10 +58,36 @@ class RunConfig(BaseModel):
     )
 
     @model_validator(mode="after")
+    def _somebody_captures(self) -> Self:
+        if self.target.servers is None:
+            return self
+        if self.data.features is not None:
+            raise ValueError(
+                "data.features are captured already, but target.servers names servers that would capture; give one of "
+                "the two"
+            )
+        if self.launch.num_capture_workers > 1:
+            raise ValueError(
+                f"launch.num_capture_workers is {self.launch.num_capture_workers}, but one process drives all of "
+                "target.servers; set it to 1, and name more servers or raise target.servers.max_in_flight"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _parts_fit_the_topology(self) -> Self:
         refused = self._refused_apart() if self.topology == "disaggregated" else self._refused_together()
         if refused is not None:
             raise ValueError(f"topology is {self.topology} but {refused}")
+        return self
+
+    @model_validator(mode="after")
+    def _responses_are_kept(self) -> Self:
+        ledger = self.control_plane.ledger.kind
+        if self.data.generate is not None and ledger in {"none", "memory"}:
+            raise ValueError(
+                f"data.generate lets the target answer, and answers must outlive the process, but "
+                f"control_plane.ledger.kind is {ledger}; use sqlite, postgres or auto"
+            )
         return self
 
     def _refused_apart(self) -> str | None:

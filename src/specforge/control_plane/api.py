@@ -20,7 +20,7 @@ from specforge import __version__
 from specforge.contracts.codec import Form
 from specforge.control_plane import wire
 from specforge.control_plane.answers import Answer, Answers
-from specforge.control_plane.base import CaptureControl, LeaseReply, TrainControl
+from specforge.control_plane.base import CaptureControl, LeaseReply, Recorded, TrainControl
 from specforge.control_plane.channel.network import RefStream
 from specforge.control_plane.gate import error_response, stopping_response
 from specforge.control_plane.metrics import Metrics
@@ -93,6 +93,10 @@ def control_calls(controller: ServedController, stream: RefStream | None) -> lis
     def poll(asked: Asked[wire.PollBody]) -> wire.RefPage:
         return streamed().page(asked.body, asked.cancelled)
 
+    def record(asked: Asked[wire.RecordBody]) -> Recorded:
+        body = asked.body
+        return controller.record(body.worker_id, body.sample_id, body.generation, body.response_ids)
+
     def fail(asked: Asked[wire.FailBody]) -> None:
         body = asked.body
         controller.fail(body.worker_id, body.sample_id, body.generation, body.reason)
@@ -100,6 +104,7 @@ def control_calls(controller: ServedController, stream: RefStream | None) -> lis
     return [
         Call("lease", wire.LEASE, lease, idle=lambda reply: not reply.leases and not reply.finished),
         Call("commit", wire.COMMIT, lambda asked: controller.commit(asked.body.refs)),
+        Call("record", wire.RECORD, record, keyed=False),
         Call("fail", wire.FAIL, fail),
         Call("heartbeat", wire.HEARTBEAT, lambda asked: controller.heartbeat(asked.body.worker_id), keyed=False),
         Call("leave", wire.LEAVE, lambda asked: controller.leave(asked.body.worker_id, asked.body.reason)),

@@ -7,12 +7,26 @@ Capture side: :class:`CaptureControl` (implemented by ``DataFlowController`` in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from specforge.contracts.refs import SampleRef, Slot
 from specforge.contracts.tasks import PromptTask
+
+
+def owner_among(worker_id: str, worker_ids: Collection[str]) -> str | None:
+    """Which of ``worker_ids`` is ``worker_id``, or has it as a part; ``None`` for none.
+
+    A worker may work in parts, each with leases of its own: ``capture-0/2.1`` is a part of ``capture-0``, which lives,
+    leaves and dies with all of them.
+    """
+    name = worker_id
+    while name not in worker_ids:
+        name, cut, _ = name.rpartition("/")
+        if not cut:
+            return None
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +88,14 @@ class CommitReply:
     accepted: tuple[bool, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A sample with its response, as the ledger has it: all tokens, and the response's under the loss."""
+
+    input_ids: tuple[int, ...]
+    loss_spans: tuple[tuple[int, int], ...]
+
+
 class CaptureControl(Protocol):
     """What a rollout worker may do."""
 
@@ -89,18 +111,27 @@ class CaptureControl(Protocol):
         """The features of ``refs`` are readable. Repeating an accepted commit is accepted and changes nothing."""
         ...
 
+    def record(self, worker_id: str, sample_id: str, generation: int, response_ids: Sequence[int]) -> Recorded:
+        """The target answered a leased prompt that had ``num_to_generate``; comes before the capture, which is one of
+        the tokens that this gives back.
+
+        The first response of a sample stays: whoever comes later is given that one, and so are later leases. Of an
+        attempt that is no longer live, with nothing recorded yet: ``StaleGeneration``. A sign of life, as a heartbeat.
+        """
+        ...
+
     def fail(self, worker_id: str, sample_id: str, generation: int, reason: str) -> None:
         """The prompt itself failed (counts towards ``max_attempts``)."""
         ...
 
     def heartbeat(self, worker_id: str) -> None:
-        """Extends every lease of the worker by its duration."""
+        """Extends every lease of the worker, and of its parts, by its duration."""
         ...
 
     def leave(self, worker_id: str, reason: str | None) -> None:
         """The worker is gone, or goes now: its leases are given to others. ``reason`` None: in good order; else it died
         or its engine broke, which is counted as a crash of every sample that it held; it is given nothing any more, and
-        a successor takes another id.
+        a successor takes another id. What is said of a worker is said of its parts (:func:`owner_among`).
         """
         ...
 

@@ -14,7 +14,7 @@ import httpx
 from specforge.contracts.codec import Form
 from specforge.contracts.refs import SampleRef, Slot
 from specforge.control_plane import wire
-from specforge.control_plane.base import CommitReply, LeaseReply
+from specforge.control_plane.base import CommitReply, LeaseReply, Recorded
 from specforge.errors import ControlPlaneError
 
 _FIRST_PAUSE_S = 0.05
@@ -61,6 +61,9 @@ class ControlPlaneClient:
 
     def commit(self, refs: Sequence[SampleRef]) -> CommitReply:
         return self._call("commit", wire.COMMIT, wire.CommitBody(tuple(refs)))
+
+    def record(self, worker_id: str, sample_id: str, generation: int, response_ids: Sequence[int]) -> Recorded:
+        return self._call("record", wire.RECORD, wire.RecordBody(worker_id, sample_id, generation, tuple(response_ids)))
 
     def fail(self, worker_id: str, sample_id: str, generation: int, reason: str) -> None:
         self._call("fail", wire.FAIL, wire.FailBody(worker_id, sample_id, generation, wire.plain_reason(reason)))

@@ -14,7 +14,7 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class AutoLedger(BaseModel):
-    """No ledger when colocated, SQLite when disaggregated."""
+    """SQLite when disaggregated, or where the target answers the prompts (``data.generate``); else no ledger."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

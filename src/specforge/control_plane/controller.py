@@ -13,14 +13,15 @@ from specforge.contracts.codec import assert_no_tensors
 from specforge.contracts.refs import SampleRef, Slot, SlotRef
 from specforge.contracts.tasks import PromptTask
 from specforge.control_plane.backpressure import Credits
-from specforge.control_plane.base import CommitReply, Features, Lease, LeaseReply, Retention
+from specforge.control_plane.base import CommitReply, Features, Lease, LeaseReply, Recorded, Retention, owner_among
 from specforge.control_plane.channel.base import RefWriter
 from specforge.control_plane.metadata.base import Attempt, Dispatch, LiveAttempt, MetadataStore, Position, Quarantine
 from specforge.control_plane.numbers import RunNumbers
 from specforge.control_plane.prompts import SampleOrder, TaskSource
 from specforge.control_plane.recovery import Checkpointed, Remains, reconcile
+from specforge.control_plane.responses import AnsweredTasks
 from specforge.control_plane.window import SUSPECT_AFTER, CaptureWindow, InFlight
-from specforge.errors import ConfigError, ContractError, DataError, InvalidTransition
+from specforge.errors import ConfigError, ContractError, DataError, InvalidTransition, StaleGeneration
 from specforge.faults import fault_point
 
 _KEPT_LEASE_CALLS = 1024
@@ -33,7 +34,8 @@ class ControllerSettings:
     is unbounded. ``bytes_per_token`` estimates a sample's features before its capture. ``max_attempts``: failures of
     a prompt before it is quarantined; ``max_crash_attempts``: deaths of workers that held it alone; more than
     ``max_quarantined`` samples in quarantine end the run. ``in_order``: strict order, else arrival order.
-    ``release``: features are freed with the ack, or when a checkpoint covers it.
+    ``release``: features are freed with the ack, or when a checkpoint covers it. ``responses``: how the target answers
+    prompts, in words that are compared; a ledger whose responses were made otherwise is refused.
     """
 
     window_slots: int
@@ -47,6 +49,7 @@ class ControllerSettings:
     low_watermark: float = 1.0
     in_order: bool = True
     release: Literal["at_step", "at_checkpoint"] = "at_step"
+    responses: str = ""
 
     def __post_init__(self) -> None:
         if self.lease_s <= 0 or min(self.max_attempts, self.max_crash_attempts) < 1:
@@ -84,11 +87,13 @@ class DataFlowController:
             )
         if not settings.in_order and not store.keeps_history:
             raise ConfigError("arrival order needs a ledger that keeps what was trained; use strict order")
-        store.bind(f"{order.key} order={'strict' if settings.in_order else 'arrival'}")
+        made_by = f" responses={settings.responses}" if settings.responses else ""
+        store.bind(f"{order.key} order={'strict' if settings.in_order else 'arrival'}{made_by}")
         limits = Credits(
             settings.window_slots, settings.step_slots, settings.max_resident_bytes, settings.low_watermark
         )
-        self._store, self._order, self._tasks, self._writer = store, order, tasks, writer
+        self._store, self._order, self._writer = store, order, writer
+        self._tasks = AnsweredTasks(tasks, store)
         self._settings, self._features, self._retention, self._clock = settings, features, retention, clock
         self._window = CaptureWindow(order, limits, self._estimate_bytes, in_order=settings.in_order)
         self._changed = threading.Condition()
@@ -139,9 +144,10 @@ class DataFlowController:
             self._started = True
             for item in found.crashed:
                 worker_id = item.worker_id or ""
+                reason = crashed[owner_among(worker_id, crashed) or worker_id]
                 # From where the run stands: a later slot would be forgotten at the next return to this checkpoint.
-                self._judge(item.attempt.sample, worker_id, crashed[worker_id], found.first_slot)
-            self._numbers.num_crashes += len({item.worker_id for item in found.crashed})
+                self._judge(item.attempt.sample, worker_id, reason, found.first_slot)
+            self._numbers.num_crashes += len({owner_among(item.worker_id or "", crashed) for item in found.crashed})
             self._publish(self._dispatch_ready())
         self._features.abort(found.unwanted)
         self.collect()
@@ -165,7 +171,7 @@ class DataFlowController:
             with self._changed:
                 self._start()
                 # A dead worker's last request may come after the news of its death.
-                if self._ended or worker_id in self._dead:
+                if self._ended or owner_among(worker_id, self._dead) is not None:
                     return LeaseReply((), finished=True)
                 if cancelled():
                     return LeaseReply((), finished=False)
@@ -216,6 +222,24 @@ class DataFlowController:
             self._publish(ready)
             self._changed.notify_all()
             return CommitReply(reply)
+
+    def record(self, worker_id: str, sample_id: str, generation: int, response_ids: Sequence[int]) -> Recorded:
+        """See ``CaptureControl``. Once the run is over nothing is recorded: ``StaleGeneration``."""
+        with self._changed:
+            self._start()
+            self.heartbeat(worker_id)
+            index = self._window.find(sample_id)
+            index = self._store.find(sample_id) if index is None else index
+            sample = None if index is None else self._window.leases.get(index)
+            is_live = sample is not None and sample.generation == generation
+            if index is None or self._ended or not (is_live or self._tasks.num_tokens(index) is not None):
+                raise StaleGeneration(
+                    f"attempt {generation} at sample {sample_id!r} is over: its response is not recorded; go on with "
+                    "the next lease"
+                )
+            task = self._tasks.record(index, response_ids)
+            fault_point("controller.recorded")
+            return Recorded(task.input_ids, task.loss_spans)
 
     def fail(self, worker_id: str, sample_id: str, generation: int, reason: str) -> None:
         """See ``CaptureControl``. Of an attempt that is no longer live it changes nothing."""
@@ -391,7 +415,7 @@ class DataFlowController:
             self.resume(Position(0, 0, self._settings.in_order))
 
     def _estimate_bytes(self, index: int) -> int:
-        return self._tasks.num_tokens(index) * self._settings.bytes_per_token
+        return self._tasks.max_tokens(index) * self._settings.bytes_per_token
 
     def _repeat(self, key: str) -> tuple[Lease, ...]:
         """What is left of the leases that an earlier call with this key was given."""
@@ -467,14 +491,13 @@ class DataFlowController:
         """Their worker died, or fell silent, while it held them."""
         if not samples:
             return
-        worker_id = samples[0].worker_id
         num_crashes = self._store.crash([sample.attempt for sample in samples])
         self._numbers.num_crashes += 1
         for sample, num in zip(samples, num_crashes, strict=True):
             self._window.give_back(sample.index)
             self._window.crashes[sample.index] = num
         for sample in samples:
-            self._judge(sample.index, worker_id, reason)
+            self._judge(sample.index, sample.worker_id, reason)
 
     def _judge(self, index: int, worker_id: str, reason: str, from_slot: int | None = None) -> None:
         """Quarantine a sample that too many workers died of; ``worker_id`` was the last."""
@@ -492,10 +515,12 @@ class DataFlowController:
         index = self._window.find(ref.sample_id)
         if index is None:
             return self._store.find(ref.sample_id)
-        if ref.num_tokens != self._tasks.num_tokens(index):
+        num_tokens = self._tasks.num_tokens(index)
+        if num_tokens is None:
+            raise ContractError(f"sample {ref.sample_id!r} has no recorded response; record it before the capture")
+        if ref.num_tokens != num_tokens:
             raise ContractError(
-                f"sample {ref.sample_id!r}: the prompt has {self._tasks.num_tokens(index)} tokens, "
-                f"its features {ref.num_tokens}"
+                f"sample {ref.sample_id!r}: the prompt has {num_tokens} tokens, its features {ref.num_tokens}"
             )
         return index
 

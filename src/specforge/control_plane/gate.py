@@ -9,7 +9,9 @@ import asyncio
 import hmac
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -31,6 +33,12 @@ class Limits:
     body_timeout_s: float
 
 
+Fault = Literal["token", "slow", "large", "stopping"]
+"""Why the gate refuses: the token is missing or wrong, the body takes too long or is too large, the server stops."""
+Refuse = Callable[[Fault, str], Response]
+"""The answer of one server to a fault, of which it is given a sentence."""
+
+
 def error_response(error: Exception, status: int, *, close: bool = False) -> Response:
     """``close``: the connection is of no more use."""
     headers = {"Connection": "close"} if close else {}
@@ -42,11 +50,33 @@ def stopping_response() -> Response:
     return error_response(ControlPlaneError("the control-plane server is stopping"), 503, close=True)
 
 
-class Gate:
-    """An ASGI application around ``app``, which gets the whole body in one message. ``token`` None: nobody is asked."""
+def refused(fault: Fault, message: str) -> Response:
+    """``Refuse`` of the control plane."""
+    if fault == "stopping":
+        return stopping_response()
+    error = ControlPlaneError(message) if fault == "token" else ContractError(message)
+    status = {"token": 401, "slow": 408, "large": 413}[fault]
+    return error_response(error, status, close=fault == "slow")
 
-    def __init__(self, app: ASGIApp, token: str | None, limits: Limits, stopping: threading.Event) -> None:
+
+class Gate:
+    """An ASGI application around ``app``, which gets the whole body in one message. ``token`` None: nobody is asked.
+
+    ``name`` is the server's in sentences, ``refuse`` writes its answers to what is refused.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        token: str | None,
+        limits: Limits,
+        stopping: threading.Event,
+        name: str = "control-plane server",
+        refuse: Refuse = refused,
+    ) -> None:
         self._app = app
+        self._name = name
+        self._refuse = refuse
         self._expected = None if token is None else f"Bearer {token}".encode()
         self._limits = limits
         self._stopping = stopping
@@ -73,14 +103,12 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> Response | None:
         if self._stopping.is_set():
-            return stopping_response()
+            return self._refuse("stopping", f"the {self._name} is stopping")
         headers = dict(scope["headers"])
         if self._expected is not None and scope["path"] != "/healthz":
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
-                return error_response(
-                    ControlPlaneError("the token of the control-plane server is missing or wrong"), 401
-                )
+                return self._refuse("token", f"the token of the {self._name} is missing or wrong")
         if int(headers.get(b"content-length", b"0")) > self._limits.max_body_bytes:
             return self._too_large()
         return None
@@ -101,14 +129,11 @@ class Gate:
 
     def _too_slow(self) -> Response:
         limit_s = self._limits.body_timeout_s
-        error = ContractError(f"the body of the request was not there after {limit_s:g} s; send it again")
-        return error_response(error, 408, close=True)
+        return self._refuse("slow", f"the body of the request was not there after {limit_s:g} s; send it again")
 
     def _too_large(self) -> Response:
         limit = self._limits.max_body_bytes
-        return error_response(
-            ContractError(f"the body of the request is larger than {limit} bytes; send smaller batches"), 413
-        )
+        return self._refuse("large", f"the body of the request is larger than {limit} bytes; send smaller batches")
 
 
 def _after(body: bytes, receive: Receive) -> Receive:

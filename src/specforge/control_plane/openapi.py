@@ -48,8 +48,8 @@ def describe_reading(reply: Form[Any] | None, *, public: bool) -> dict[str, Any]
 
 def describe_application(app: FastAPI) -> dict[str, Any]:
     """The whole document."""
-    calls: list[tuple[Form[Any], Form[Any]]] = [wire.LEASE, wire.COMMIT, wire.FAIL, wire.HEARTBEAT, wire.LEAVE]
-    calls += [wire.ACK, wire.CHECKPOINTED, wire.POLL, wire.CONSUMED]
+    calls: list[tuple[Form[Any], Form[Any]]] = [wire.LEASE, wire.RECORD, wire.COMMIT, wire.FAIL, wire.HEARTBEAT]
+    calls += [wire.LEAVE, wire.ACK, wire.CHECKPOINTED, wire.POLL, wire.CONSUMED]
     components: dict[str, Any] = {}
     for form in [*(form for call in calls for form in call), wire.HEALTH, wire.ERROR]:
         components |= form.adapter.json_schema(ref_template=_COMPONENTS + "{model}").get("$defs", {})

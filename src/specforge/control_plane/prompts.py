@@ -82,6 +82,10 @@ class TaskSource(Protocol):
 
     def num_tokens(self, index: int) -> int: ...
 
+    def num_to_generate(self, index: int) -> int:
+        """Tokens of the longest response that a prompt may be given; 0: it is not answered."""
+        ...
+
     def at(self, indices: Sequence[int]) -> list[PromptTask]: ...
 
 
@@ -100,16 +104,22 @@ class ListedTasks:
     def num_tokens(self, index: int) -> int:
         return self._tasks[index].num_tokens
 
+    def num_to_generate(self, index: int) -> int:
+        return self._tasks[index].num_to_generate
+
     def at(self, indices: Sequence[int]) -> list[PromptTask]:
         return [self._tasks[index] for index in indices]
 
 
 class RecordedTasks:
-    """Prompts that the ledger has recorded, read when they are leased: four bytes a prompt stay in memory."""
+    """Prompts that the ledger has recorded, read when they are leased: eight bytes a prompt stay in memory."""
 
     def __init__(self, store: MetadataStore) -> None:
         self._store = store
-        self._lengths = array("I", (task.num_tokens for task in store.tasks()))
+        self._lengths, self._to_generate = array("I"), array("I")
+        for task in store.tasks():
+            self._lengths.append(task.num_tokens)
+            self._to_generate.append(task.num_to_generate)
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -119,6 +129,9 @@ class RecordedTasks:
 
     def num_tokens(self, index: int) -> int:
         return self._lengths[index]
+
+    def num_to_generate(self, index: int) -> int:
+        return self._to_generate[index]
 
     def at(self, indices: Sequence[int]) -> list[PromptTask]:
         return self._store.tasks_at(indices)

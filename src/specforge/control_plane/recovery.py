@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from specforge.control_plane.base import Features, Retention
+from specforge.control_plane.base import Features, Retention, owner_among
 from specforge.control_plane.metadata.base import Attempt, LiveAttempt, MetadataStore, Position, Quarantine
 from specforge.control_plane.metadata.checks import Skips
 from specforge.control_plane.prompts import SampleOrder
@@ -74,8 +74,8 @@ def reconcile(
 ) -> Recovered:
     """Bring the ledger to ``checkpointed``.
 
-    Leases of ``crashed_workers`` count as crashes of their samples, wherever their slots are. Leases of
-    ``live_workers`` stay, and committed features that can be read and that the next slots want, or that were
+    Leases of ``crashed_workers`` (and of their parts) count as crashes of their samples, wherever their slots are.
+    Leases of ``live_workers`` stay, and committed features that can be read and that the next slots want, or that were
     put aside and that any slot wants. The rest of what was in flight is void: its samples are captured again when
     their slots come.
     """
@@ -103,9 +103,10 @@ def reconcile(
     pairs: list[tuple[str, int]] = []
     for item in in_flight:
         if item.ref is None:
-            if item.worker_id in crashed_workers:
+            worker_id = item.worker_id or ""
+            if owner_among(worker_id, crashed_workers) is not None:
                 crashed.append(item)
-            elif item.attempt.sample in soon and item.worker_id in live_workers:
+            elif item.attempt.sample in soon and owner_among(worker_id, live_workers) is not None:
                 kept.append(item)
             else:
                 void.append(item.attempt)

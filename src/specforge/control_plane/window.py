@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from specforge.contracts.refs import SampleRef
 from specforge.control_plane.backpressure import BackPressure, Credits
+from specforge.control_plane.base import owner_among
 from specforge.control_plane.metadata.base import Attempt, LiveAttempt, Quarantine
 from specforge.control_plane.prompts import SampleOrder
 
@@ -120,7 +121,8 @@ class CaptureWindow:
         return len(self._dispatched) - len(self._acked)
 
     def leased_by(self, worker_id: str) -> list[InFlight]:
-        return [sample for sample in self.leases.values() if sample.worker_id == worker_id]
+        """The leases of a worker and of its parts."""
+        return [sample for sample in self.leases.values() if owner_among(sample.worker_id, (worker_id,)) is not None]
 
     # Leases
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from specforge import errors
 from specforge.contracts.codec import Form
 from specforge.contracts.refs import SampleRef, Slot, SlotRef
-from specforge.control_plane.base import CommitReply, LeaseReply
+from specforge.control_plane.base import CommitReply, LeaseReply, Recorded
 
 MAX_WAIT_S = 60.0
 """The longest that the server holds a long poll; a client that wants to wait longer asks again."""
@@ -24,6 +24,8 @@ MAX_BATCH = 10_000
 
 MAX_SLOTS = 1_000_000
 """Slots of one ack."""
+
+MAX_RESPONSE_TOKENS = 1 << 20
 
 MAX_REASON_CHARS = 10_000
 
@@ -63,6 +65,7 @@ _Reason = Annotated[str, Field(max_length=MAX_REASON_CHARS), AfterValidator(_val
 _Count = Annotated[int, Field(ge=0, le=_MAX_INT)]
 _Number = Annotated[int, Field(ge=1, le=_MAX_INT)]
 _Wait = Annotated[float, Field(ge=0.0, le=MAX_WAIT_S)]
+_TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 
 
@@ -76,6 +79,14 @@ class LeaseBody:
 @dataclass(frozen=True, slots=True)
 class CommitBody:
     refs: Annotated[tuple[SampleRef, ...], Field(max_length=MAX_BATCH), AfterValidator(_valid_refs)]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordBody:
+    worker_id: _Name
+    sample_id: _Name
+    generation: _Number
+    response_ids: Annotated[tuple[_TokenId, ...], Field(max_length=MAX_RESPONSE_TOKENS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +173,7 @@ Summary = dict[str, int | float | str | None]
 
 LEASE = Form(LeaseBody), Form(LeaseReply)
 COMMIT = Form(CommitBody), Form(CommitReply)
+RECORD = Form(RecordBody), Form(Recorded)
 FAIL = Form(FailBody), Form(Done)
 HEARTBEAT = Form(HeartbeatBody), Form(Done)
 LEAVE = Form(LeaveBody), Form(Done)

@@ -52,7 +52,7 @@ def write_inline(reply: CaptureReply, tensors: Sequence[Mapping[str, Source] | N
     return body
 
 
-def read_inline(body: bytes) -> tuple[CaptureReply, list[dict[str, torch.Tensor] | None]]:
+def read_inline(body: bytes | bytearray) -> tuple[CaptureReply, list[dict[str, torch.Tensor] | None]]:
     """The reply in ``body`` and the tensors of its items, ``None`` of those that failed.
 
     Raises ``CorruptFeature`` for a body that is cut or does not hold what its head says, ``ContractError`` for another

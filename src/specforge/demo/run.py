@@ -28,9 +28,10 @@ from rich.table import Table
 
 from specforge.algorithms.catalog import options_of
 from specforge.config.run import RunConfig
+from specforge.contracts.tasks import PromptTask
 from specforge.control_plane.config import ControlPlaneConfig
 from specforge.demo.corpus import standard_library_modules
-from specforge.demo.prompts import CutPrompt, cut_prompts, record_responses
+from specforge.demo.prompts import CutPrompt, cut_prompts
 from specforge.demo.recipes import DRAFTS, DemoRecipe, DraftRecipe
 from specforge.demo.target import STATE_FILE, TargetRecipe, train_target
 from specforge.errors import UserError
@@ -38,6 +39,7 @@ from specforge.evaluation.config import EvaluationConfig
 from specforge.evaluation.report import SpeculativeReport
 from specforge.inference.config import TargetConfig
 from specforge.inference.huggingface import HFTargetEngine
+from specforge.inference.responses import record_responses
 from specforge.inference.target import load_tokenizer
 from specforge.launch.drafts import load_draft
 from specforge.launch.evaluate import decode
@@ -48,7 +50,8 @@ from specforge.launch.runtime import TrainOutcome
 from specforge.monitor.console import progress
 from specforge.monitor.jsonl import read_records, read_scalars
 from specforge.monitor.report import write_report
-from specforge.prompts.config import DataConfig
+from specforge.prompts.config import DataConfig, GenerateOptions
+from specforge.prompts.responses import ResponseOptions
 from specforge.training.config import TrainingConfig
 
 PACKAGED_TARGET = Path(__file__).parent / "target_model"
@@ -213,7 +216,12 @@ def make_responses(demo: Demo) -> None:
     tokenizer = load_tokenizer(demo.target_dir)
     prompts = cut_prompts(modules, tokenizer, recipe.num_responses, recipe.prompt_tokens, key)
     engine = HFTargetEngine(demo.target_dir)
-    recorded = record_responses(engine, prompts, demo.responses, recipe.generation_batch_size, recipe.response_tokens)
+    tasks = [
+        PromptTask("", index, prompt.input_ids, (), {"module": prompt.module}, num_to_generate=recipe.response_tokens)
+        for index, prompt in enumerate(prompts)
+    ]
+    options = ResponseOptions(GenerateOptions(max_new_tokens=recipe.response_tokens), demo.seed)
+    recorded = record_responses(engine, tasks, demo.responses, options, recipe.generation_batch_size)
     with progress("responses", recipe.num_responses, "prompts") as bar:
         for done in recorded:
             bar.update_to(done)

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from specforge.contracts.capture import CaptureSpec, TargetInfo
+from specforge.contracts.capture_server import Generate
 from specforge.contracts.tasks import PromptTask
 from specforge.data_plane.tensors import Source
 
@@ -27,7 +28,7 @@ class CapturedSample:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A greedy continuation of one prompt: the new token ids, and whether a stop token ended it (it is included)."""
+    """A continuation of one prompt: the new token ids, and whether a stop token ended it (it is included)."""
 
     token_ids: tuple[int, ...]
     stopped: bool
@@ -42,8 +43,17 @@ class TargetEngine(Protocol):
         """One unpadded forward a task, so that features depend on that task alone; yields in task order."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
-        """Greedy continuations. Prompts of one call are one batch; the same call gives the same ids."""
+    def close(self) -> None:
+        """Let go of connections and files, and end what is in flight. Idempotent."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], options: Generate) -> list[Generation]:
+        """Continuations. The same call gives the same ids.
+
+        Greedy ones (``options.temperature`` 0): the prompts of one call are one batch, in which near-ties may fall
+        otherwise than alone. Drawn ones: each prompt with random numbers of its own from ``options.seed``, as if it
+        were alone.
+        """
         ...
 
 

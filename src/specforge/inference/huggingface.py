@@ -6,7 +6,7 @@ Legend: S tokens of a sequence, m tokens of one forward, H hidden size, V vocabu
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from specforge.algorithms.base import TargetTables, target_logits
+from specforge.algorithms.base import Sampling, TargetTables, target_logits
+from specforge.algorithms.parts.sampling import GREEDY_TEMPERATURE, distribution, draw
 from specforge.contracts.capture import CaptureSpec, TargetInfo
+from specforge.contracts.capture_server import Generate
 from specforge.contracts.tasks import PromptTask
 from specforge.data_plane.encoding import encoded
 from specforge.data_plane.tensors import Source
@@ -67,21 +69,45 @@ class HFTargetEngine:
         Raises :class:`TargetError` for layer ids that the target does not have, :class:`DataError` for a prompt
         that it cannot read (empty, or ids outside the vocabulary).
         """
-        self._check_layers(spec)
         for task in tasks:
-            input_ids = self._ids([task.input_ids])
-            with torch.no_grad(), tapped(self._layers, spec.aux_layers) as outputs:
-                last = self._backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-            tensors: dict[str, Source] = {"input_ids": input_ids[0].to(torch.int32)}
-            for name, layers in _features(outputs, last, spec).items():
-                tensors |= encoded(name, [layer[0] for layer in layers], spec.dtype)
-            yield CapturedSample(task.sample_id, tensors)
+            yield from self.capture_together([task], spec)
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
-        """Greedy continuations of one batch; prompts of unequal length are padded on the left.
+    def capture_together(self, tasks: Sequence[PromptTask], spec: CaptureSpec) -> list[CapturedSample]:
+        """One forward of all ``tasks``, padded behind their ends, which a causal target does not see: what each gets
+        differs from what it gets alone by rounding only. Otherwise as :meth:`capture`.
+        """
+        self._check_layers(spec)
+        longest = max(task.num_tokens for task in tasks)
+        # any valid id serves as padding
+        rows = [(*task.input_ids, *task.input_ids[:1] * (longest - task.num_tokens)) for task in tasks]
+        input_ids = self._ids(rows)
+        with torch.no_grad(), tapped(self._layers, spec.aux_layers) as outputs:
+            last = self._backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        found = _features(outputs, last, spec)
+        samples = []
+        for row, task in enumerate(tasks):
+            tensors: dict[str, Source] = {"input_ids": input_ids[row, : task.num_tokens].to(torch.int32)}
+            for name, layers in found.items():
+                tensors |= encoded(name, [layer[row, : task.num_tokens] for layer in layers], spec.dtype)
+            samples.append(CapturedSample(task.sample_id, tensors))
+        return samples
+
+    def generate(self, prompts: Sequence[Sequence[int]], options: Generate) -> list[Generation]:
+        """Greedy continuations of one batch, or drawn ones, one prompt at a time with a generator of its own.
 
         A row ends at the first of the target's stop tokens (included) or after ``max_new_tokens``. Ties go to the
-        lowest id.
+        lowest id. Raises :class:`DataError` for a prompt that the target cannot read.
+        """
+        if options.temperature < GREEDY_TEMPERATURE:
+            return self._decode(prompts, options.max_new_tokens, lambda logits: logits.argmax(dim=-1))
+        drawn = (self._decode([prompt], options.max_new_tokens, _drawn_with(options)) for prompt in prompts)
+        return [generation for alone in drawn for generation in alone]
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Callable[[Tensor], Tensor]
+    ) -> list[Generation]:
+        """One batch, in which prompts of unequal length are padded on the left; ``choose`` gives tokens [batch] for
+        logits fp32 [batch, V].
         """
         if not prompts or max_new_tokens < 1:
             return [Generation((), False) for _ in prompts]
@@ -100,7 +126,7 @@ class HFTargetEngine:
                     past_key_values=cache,
                     use_cache=True,
                 ).last_hidden_state[:, -1]
-                tokens = target_logits(tables, hidden).argmax(dim=-1)
+                tokens = choose(target_logits(tables, hidden))
                 columns.append(tokens)
                 finished |= torch.isin(tokens, stops)
                 if len(columns) == max_new_tokens or (len(stops) and bool(finished.all())):
@@ -109,6 +135,9 @@ class HFTargetEngine:
                 mask = None if mask is None else torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         rows = torch.stack(columns, dim=1).tolist()
         return [_until_stop(row, self.info.eos_token_ids) for row in rows]
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
 
     def session(self, spec: CaptureSpec) -> HFTargetSession:
         """A new KV-cache decoding session of one sequence, with the features of ``spec`` captured per forward."""
@@ -282,6 +311,18 @@ def _features(outputs: dict[int, Tensor], last: Tensor, spec: CaptureSpec) -> di
     """Name -> the captured layers [batch, m, H] that it consists of, as they were computed."""
     features = {"aux": [outputs[layer] for layer in spec.aux_layers], "last": [last] if spec.last_hidden else []}
     return {name: layers for name, layers in features.items() if layers}
+
+
+def _drawn_with(options: Generate) -> Callable[[Tensor], Tensor]:
+    """Draws a token for logits [1, V] at every call, with a generator that ``options.seed`` alone determines."""
+    generator = torch.Generator().manual_seed(options.seed)
+    top_p = options.top_p if options.top_p < 1.0 else None
+    sampling = Sampling(options.temperature, generator, options.top_k or None, top_p)
+
+    def choose(logits: Tensor) -> Tensor:
+        return torch.tensor([draw(distribution(logits[0], sampling), generator)], device=logits.device)
+
+    return choose
 
 
 def _until_stop(row: list[int], stops: tuple[int, ...]) -> Generation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from specforge.contracts.capture import CaptureSpec, TargetInfo
+from specforge.contracts.capture_server import Generate
 from specforge.contracts.tasks import PromptTask
 from specforge.data_plane.offline import FeatureSet
 from specforge.errors import DataError, EngineError
@@ -44,6 +45,9 @@ class OfflineManifestReader:
                 )
             yield CapturedSample(task.sample_id, dict(tensors))
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:  # noqa: ARG002
+    def generate(self, prompts: Sequence[Sequence[int]], options: Generate) -> list[Generation]:  # noqa: ARG002
         """Not possible: :class:`EngineError`."""
         raise EngineError("a run over data.features has no target that could generate; give data.path instead")
+
+    def close(self) -> None:
+        """The files are mapped one by one, and held by their tensors alone."""

@@ -1,11 +1,9 @@
-"""RolloutWorker: the capture side's worker. lease -> capture -> put -> commit, on one engine."""
+"""RolloutWorker: the capture side's worker. lease -> (generate -> record ->) capture -> put -> commit, on an engine."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,30 +18,33 @@ from specforge.errors import (
     ConfigError,
     ControlPlaneError,
     EngineError,
-    FeatureStoreError,
-    FeatureStoreFull,
     FeatureTooLarge,
+    PromptRefused,
+    StaleGeneration,
     TargetError,
 )
 from specforge.faults import fault_point
+from specforge.inference.delivery import leave_soon, put_with_patience, reason_of, ref_of
 from specforge.inference.engine import CapturedSample, TargetEngine
-
-MAX_REASON_CHARS = 2000
-FIRST_RETRY_S = 0.02
-LONGEST_RETRY_S = 1.0
-LEAVE_S = 0.5
-"""How long a worker that leaves waits for the control plane to hear of it; its leases expire where it is not heard."""
+from specforge.inference.responses import heartbeats, recorded, response
+from specforge.prompts.responses import ResponseOptions
 
 # What says that the engine, not the prompt, is broken. After an AcceleratorError the device context is lost; running
 # out of memory is no such error: it may be one long prompt's fault.
 ENGINE_WIDE = (EngineError, TargetError, ConfigError, MemoryError, torch.AcceleratorError)
 
 
+def is_engine_wide(error: Exception) -> bool:
+    """Whether ``error`` says that no other prompt can be captured either."""
+    return isinstance(error, ENGINE_WIDE) and not isinstance(error, PromptRefused)
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
     """How one worker works. ``poll_s`` bounds one blocking lease call of :meth:`RolloutWorker.run`.
 
-    ``store_wait_s`` is the longest a put waits for room before the worker gives up.
+    ``store_wait_s`` is the longest a put waits for room before the worker gives up. ``responses``: how prompts are
+    answered; ``None`` where none is to be.
     """
 
     worker_id: str
@@ -52,6 +53,7 @@ class RolloutSettings:
     poll_s: float
     target_revision: str
     store_wait_s: float = 300.0
+    responses: ResponseOptions | None = None
 
 
 class RolloutWorker:
@@ -92,7 +94,7 @@ class RolloutWorker:
                 self._work(reply.leases)
         except Exception as error:
             if not isinstance(error, ControlPlaneError):
-                self._leave(_reason(error))
+                self._leave(reason_of(error))
             raise
         except BaseException:
             self._leave(None)
@@ -109,9 +111,10 @@ class RolloutWorker:
                 if self._stopped.is_set():
                     break
                 self._heartbeat_if_due(lease.duration_s)
-                features = self._capture_and_put(lease)
-                if features is not None:
-                    stored.append((lease, features))
+                answered = self._answered(lease)
+                features = None if answered is None else self._capture_and_put(answered)
+                if answered is not None and features is not None:
+                    stored.append((answered, features))
         except BaseException:
             # nothing of this batch was committed: no reader can know these features
             self._store.abort([(lease.task.sample_id, lease.generation) for lease, _ in stored])
@@ -121,24 +124,41 @@ class RolloutWorker:
             self._leave(None)
 
     def _leave(self, reason: str | None) -> None:
-        """Best effort and bounded: whoever stops a worker soon loses patience, and the control plane may be away."""
+        leave_soon(self._control, self._settings.worker_id, reason)
 
-        def tell() -> None:
-            with contextlib.suppress(ControlPlaneError):
-                self._control.leave(self._settings.worker_id, reason)
+    def _answered(self, lease: Lease) -> Lease | None:
+        """The lease with all tokens of its sample, whose response is generated and recorded where there is none yet.
 
-        messenger = threading.Thread(target=tell, name="leave", daemon=True)
-        messenger.start()
-        messenger.join(LEAVE_S)
+        ``None``: the prompt failed, which is reported first, or the lease is over.
+        """
+        if not lease.task.num_to_generate:
+            return lease
+        options, worker_id = self._settings.responses, self._settings.worker_id
+        assert options is not None, "a prompt is to be answered, but this worker was not told how"
+        try:
+            with heartbeats(self._control, worker_id, lease.duration_s):
+                response_ids = response(self._engine, lease.task, options)
+        except Exception as error:
+            if is_engine_wide(error):
+                raise
+            self._fail(lease, reason_of(error))
+            return None
+        try:
+            answered = recorded(self._control, worker_id, lease, response_ids)
+        except StaleGeneration:
+            return None
+        self._last_sign_of_life = time.monotonic()
+        fault_point("worker.recorded")
+        return answered
 
     def _capture_and_put(self, lease: Lease) -> StoredFeatures | None:
         """Features of one lease in the store; ``None`` without any (a failure of the prompt is reported first)."""
         try:
             (sample,) = self._engine.capture([lease.task], self._settings.spec)
-        except ENGINE_WIDE:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever one prompt does to the engine is that prompt's failure
-            self._fail(lease, _reason(error))
+        except Exception as error:
+            if is_engine_wide(error):
+                raise
+            self._fail(lease, reason_of(error))
             return None
         fault_point("worker.captured")
         damaged = not_finite(sample.tensors)
@@ -148,33 +168,20 @@ class RolloutWorker:
         try:
             features = self._put(lease, sample)
         except FeatureTooLarge as error:
-            self._fail(lease, _reason(error))
+            self._fail(lease, reason_of(error))
             return None
         fault_point("worker.stored")
         return features
 
     def _put(self, lease: Lease, sample: CapturedSample) -> StoredFeatures | None:
-        """Put, waiting for room while the store is full; ``None`` when the worker was stopped meanwhile.
-
-        Cannot spin: every retry follows a blocking wait that doubles up to a second, and the waits of one put end
-        after ``store_wait_s``. Credits of the control plane make this path rare.
-        """
-        request = PutRequest(sample.sample_id, lease.generation, sample.tensors)
-        deadline = time.monotonic() + self._settings.store_wait_s
-        wait_s = FIRST_RETRY_S
-        while True:
-            try:
-                return self._store.put([request])[0]
-            except FeatureStoreFull as error:
-                if time.monotonic() + wait_s > deadline:
-                    raise FeatureStoreError(
-                        f"the feature store stayed full for up to {self._settings.store_wait_s:g} s "
-                        f"({error}); give the store more room or lower the number of samples in flight"
-                    ) from error
-            if self._stopped.wait(wait_s):
-                return None
-            wait_s = min(2 * wait_s, LONGEST_RETRY_S)
-            self._heartbeat_if_due(lease.duration_s)
+        """Put, waiting for room while the store is full; ``None`` when the worker was stopped meanwhile."""
+        return put_with_patience(
+            self._store,
+            PutRequest(sample.sample_id, lease.generation, sample.tensors),
+            self._settings.store_wait_s,
+            self._stopped,
+            lambda: self._heartbeat_if_due(lease.duration_s),
+        )
 
     def _commit(self, stored: Sequence[tuple[Lease, StoredFeatures]]) -> None:
         if not stored:
@@ -190,19 +197,13 @@ class RolloutWorker:
         fault_point("worker.committed")
 
     def _ref(self, lease: Lease, features: StoredFeatures) -> SampleRef:
-        task, settings = lease.task, self._settings
-        return SampleRef(
-            sample_id=task.sample_id,
-            generation=lease.generation,
-            num_tokens=task.num_tokens,
-            loss_spans=task.loss_spans,
-            store=features.store,
-            key=features.key,
-            num_bytes=features.num_bytes,
-            features=features.features,
-            target_revision=settings.target_revision,
-            capture_fingerprint=settings.spec.fingerprint,
+        settings = self._settings
+        return ref_of(
+            lease,
+            features,
             worker_id=settings.worker_id,
+            target_revision=settings.target_revision,
+            spec=settings.spec,
         )
 
     def _fail(self, lease: Lease, reason: str) -> None:
@@ -213,9 +214,3 @@ class RolloutWorker:
         if now - self._last_sign_of_life > lease_duration_s / 3:
             self._control.heartbeat(self._settings.worker_id)
             self._last_sign_of_life = now
-
-
-def _reason(error: BaseException) -> str:
-    """Message and the tail of the traceback, short enough for the ledger."""
-    trace = "".join(traceback.format_exception(error))
-    return f"{type(error).__name__}: {str(error)[:300]}\n{trace[-MAX_REASON_CHARS:]}"

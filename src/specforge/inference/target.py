@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from specforge.contracts.capture import TargetInfo
 from specforge.errors import TargetError
-
-FULL_HASH_BYTES = 64 * 2**20
-"""Weight files up to this size are hashed whole; larger ones by samples."""
-NUM_HASH_SAMPLES = 64
-HASH_SAMPLE_BYTES = 64 * 2**10
-
-_PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+from specforge.inference.plugins.target_files import revision_of, weight_shards
 
 
 def read_target_info(path: str | Path, trust_remote_code: bool = False) -> TargetInfo:
@@ -31,7 +23,7 @@ def read_target_info(path: str | Path, trust_remote_code: bool = False) -> Targe
     """
     directory = Path(path)
     config = _read_config(directory, trust_remote_code)
-    shards = _weight_shards(directory)
+    shards = weight_shards(directory)
     architecture = _causal_architecture(config, directory)
     text = config.get_text_config(decoder=True)
     fields = text.to_dict()
@@ -45,7 +37,7 @@ def read_target_info(path: str | Path, trust_remote_code: bool = False) -> Targe
         path=str(directory),
         architecture=architecture,
         model_type=config.model_type,
-        revision=_revision(directory, shards),
+        revision=revision_of(directory, shards),
         num_layers=_required(fields, "num_hidden_layers", directory),
         hidden_size=hidden_size,
         intermediate_size=fields.get("intermediate_size") or fields.get("ffn_dim") or 4 * hidden_size,
@@ -86,7 +78,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
 def count_parameters(path: str | Path) -> int:
     """Elements of all tensors in the target's safetensors files, read from their headers."""
     total = 0
-    for shard in _weight_shards(Path(path)):
+    for shard in weight_shards(Path(path)):
         with safe_open(shard, framework="pt") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total
@@ -109,19 +101,6 @@ def _read_config(directory: Path, trust_remote_code: bool) -> PreTrainedConfig:
             "check the file, or install the transformers version that the model asks for"
         ) from None
     return config
-
-
-def _weight_shards(directory: Path) -> list[Path]:
-    shards = sorted(directory.glob("*.safetensors"))
-    if shards:
-        return shards
-    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLED_SUFFIXES)
-    if pickled:
-        raise TargetError(
-            f"{directory} has only pickled weights ({pickled[0]}), which are refused because loading them runs code; "
-            "save the model again with save_pretrained, which writes safetensors"
-        )
-    raise TargetError(f"{directory} has no *.safetensors weights; give the directory that holds the model's weights")
 
 
 def _causal_architecture(config: PreTrainedConfig, directory: Path) -> str:
@@ -225,28 +204,6 @@ def _logit_scale(fields: dict[str, Any]) -> float:
 
 def _optional_float(value: Any) -> float | None:
     return None if value is None else float(value)
-
-
-def _revision(directory: Path, shards: list[Path]) -> str:
-    """sha256 over config.json and, per shard, name, size, header and content (evenly spaced samples of large files)."""
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for shard in shards:
-        size = shard.stat().st_size
-        digest.update(f"{shard.name}:{size}:".encode())
-        with shard.open("rb") as file:
-            if size <= FULL_HASH_BYTES:
-                digest.update(file.read())
-                continue
-            prefix = file.read(8)
-            header_bytes = struct.unpack("<Q", prefix)[0]
-            start = 8 + header_bytes
-            if start + HASH_SAMPLE_BYTES > size:
-                raise TargetError(f"{shard} is not a complete safetensors file; fetch it again")
-            digest.update(prefix + file.read(header_bytes))
-            for sample in range(NUM_HASH_SAMPLES):
-                file.seek(start + (size - start - HASH_SAMPLE_BYTES) * sample // (NUM_HASH_SAMPLES - 1))
-                digest.update(file.read(HASH_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from specforge.config.run import RunConfig
 from specforge.errors import ConfigError
-from specforge.launch.engines import make_engine
+from specforge.launch.engines import open_engine
 from specforge.launch.feature_sets import capture_tasks, failures_explained, full_disk_explained
 from specforge.launch.inputs import read_run_inputs
 from specforge.launch.lock import run_lock
@@ -24,9 +25,14 @@ def capture(config: RunConfig, to: Path) -> dict[str, Any]:
         raise ConfigError(
             "specforge capture reads prompts from data.path, but this run has data.features; set data.path"
         )
+    if config.data.generate is not None:
+        raise ConfigError(
+            "specforge capture runs the target over answers that are there, but this run has data.generate; write them "
+            "with specforge regenerate, then capture that file"
+        )
     inputs = read_run_inputs(config)
-    with run_lock(to), full_disk_explained(inputs, to), failures_explained(to):
-        manifest, num_kept = capture_tasks(inputs, to, lambda: make_engine(config, inputs.target))
+    with run_lock(to), full_disk_explained(inputs, to), failures_explained(to), contextlib.ExitStack() as resources:
+        manifest, num_kept = capture_tasks(inputs, to, lambda: open_engine(config, inputs.target, resources))
     return {
         "path": str(to),
         "num_samples": manifest.num_prompts,

@@ -5,6 +5,7 @@
     data plane       the feature stores           in ``stores``
                      FeatureDataLoader            refs + store -> StepBatches (in ``train_side``)
     capture          HFTargetEngine, RolloutWorker
+                     ServedRollout                the same over live servers (in ``served_capture``)
                      OfflineManifestReader        the same over features that were captured earlier (in ``engines``)
     training         Trainer, MasterOptimizer, Checkpointer (in ``learner``)
 
@@ -34,13 +35,15 @@ from specforge.errors import ConfigError
 from specforge.inference.rollout import RolloutWorker
 from specforge.launch.child import ChildSpec
 from specforge.launch.endpoint import Endpoint
-from specforge.launch.engines import make_engine
+from specforge.launch.engines import open_engine
 from specforge.launch.host import ROLES, HostExecutor
 from specforge.launch.inputs import RESOLVED_FILE, read_run_inputs, read_target_inputs
 from specforge.launch.learner import make_provenance
 from specforge.launch.offline import verify_features
 from specforge.launch.plan import Plan, capture_names, idle_ranks, rank_names
 from specforge.launch.runtime import CaptureRuntime, HostRuntime, TrainOutcome, TrainRuntime
+from specforge.launch.served_capture import build_served_capture
+from specforge.launch.servers import close_sinks
 from specforge.launch.stores import clear_at_the_end, make_room, open_reader, open_writer, start_service, with_namespace
 from specforge.launch.train_side import Served, build_train_side, make_worker
 from specforge.training.checkpoint import list_checkpoints, newest_state
@@ -60,7 +63,8 @@ def build_online_runtime(config: RunConfig, *, resume: bool = False) -> TrainRun
         resources.callback(clear_at_the_end, inputs.config)
         store = open_writer(inputs.config)
         resources.callback(store.close)
-        runtime = build_train_side(inputs, store, resources, resume, engine=make_engine(inputs.config, inputs.target))
+        engine = open_engine(inputs.config, inputs.target, resources)
+        runtime = build_train_side(inputs, store, resources, resume, engine=engine)
     return runtime
 
 
@@ -76,7 +80,7 @@ def build_online_rank(
         ranks.main.wait()
         store = open_writer(config)
         resources.callback(store.close)
-        engine = make_engine(config, inputs.target)
+        engine = open_engine(config, inputs.target, resources)
         served = served or Served(None, secrets.token_urlsafe(32))
         runtime = build_train_side(inputs, store, resources, resume, engine=engine, served=served, ranks=ranks)
     return runtime
@@ -125,12 +129,17 @@ def build_disagg_online_consumer(
 
 
 def build_disagg_online_producer(config: RunConfig, *, worker_id: str) -> CaptureRuntime:
-    """The capture process: target, store and rollout worker. ``config`` is resolved: it names the store's size."""
+    """The capture process: store, rollout worker, and the target or the servers that have it.
+
+    ``config`` is resolved: it names the store's size.
+    """
     inputs = read_target_inputs(config)
+    if config.target.servers is not None:
+        return build_served_capture(inputs, worker_id)
     with contextlib.ExitStack() as resources:
         store = open_writer(config)
         resources.callback(store.close)
-        engine = make_engine(config, inputs.target)
+        engine = open_engine(config, inputs.target, resources)
 
         def connect(url: str, token: str, open_until_end: contextlib.ExitStack) -> RolloutWorker:
             client = ControlPlaneClient(url, token, reconnect_s=config.control_plane.reconnect_s)
@@ -170,8 +179,11 @@ def _children(config: RunConfig, resume: bool, keep_open: tuple[int, ...], comma
         resources.callback(endpoint.close)
         executor = HostExecutor(endpoint, config.launch.restarts, command, last_step=lambda: _last_step(config))
         resolved = resolve(config, inputs.plan, resources, executor.fail)
+        if not resume:
+            close_sinks(resolved)
         make_room(resolved, inputs.plan, resume)
         resources.callback(clear_at_the_end, resolved)
+        resources.callback(close_sinks, resolved)
         config_file = config.run_dir / RESOLVED_FILE
         dump_run_config(resolved, config_file)
         logs = config.run_dir / "logs"

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 from typing import Self
 
-from specforge.control_plane.server import listen, url_of
+from specforge.control_plane.http_server import listen, url_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,62 @@
-"""The target engines of a run: with ``compose`` the only file that names them."""
+"""The target engines and capture servers of a run: with ``compose`` the only file that names them."""
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 
 from specforge.config.run import RunConfig
 from specforge.contracts.capture import TargetInfo
 from specforge.data_plane.offline import FeatureSet
+from specforge.errors import ConfigError
+from specforge.inference.config import ServersConfig
 from specforge.inference.engine import TargetEngine
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.offline import OfflineManifestReader
+from specforge.inference.servers.base import CaptureServer
+from specforge.inference.servers.engine import ServerTargetEngine
+from specforge.inference.servers.listing import ServerListing
+from specforge.inference.servers.sglang import SglangServer
+from specforge.inference.servers.specforge import SpecforgeServer
+from specforge.inference.servers.vllm import VllmServer
+from specforge.launch.capture_token import read_token
 from specforge.launch.inputs import resolve_device, resolve_dtype
+
+ANSWER_WITH_FEATURES = frozenset({"specforge", "sglang"})
+"""Dialects of servers that can put features into their answers."""
 
 
 def make_engine(config: RunConfig, target: TargetInfo) -> TargetEngine:
-    """The frozen target, in this process; or what was captured of it earlier."""
+    """The frozen target, in this process or in servers; or what was captured of it earlier."""
     torch.set_num_threads(config.training.threads)
     if config.data.features is not None:
         return OfflineManifestReader(target, FeatureSet(config.data.features))
+    if config.target.servers is not None:
+        return ask_servers(config.target.servers, target)
+    return load_target(config, target)
+
+
+def open_engine(config: RunConfig, target: TargetInfo, resources: contextlib.ExitStack) -> TargetEngine:
+    """``make_engine``'s, which ``resources`` close."""
+    engine = make_engine(config, target)
+    resources.callback(engine.close)
+    return engine
+
+
+def ask_servers(servers: ServersConfig, target: TargetInfo) -> ServerTargetEngine:
+    """The servers that are listed now, which answer this process with features."""
+    token = read_token(servers.token_file)
+    urls = ServerListing(servers.urls, servers.file).current()
+    connected = [connect_server(servers.dialect, url, token) for url in urls]
+    return ServerTargetEngine(connected, target, servers.max_in_flight, servers.timeout_s)
+
+
+def make_evaluation_engine(config: RunConfig, target: TargetInfo) -> TargetEngine:
+    """What captures held-out samples: the run's servers where they can answer with features, else the target here."""
+    servers = config.target.servers
+    if servers is not None and servers.dialect in ANSWER_WITH_FEATURES:
+        return ask_servers(servers, target)
     return load_target(config, target)
 
 
@@ -26,3 +65,15 @@ def load_target(config: RunConfig, target: TargetInfo) -> HFTargetEngine:
     device = resolve_device(config.target.device)
     dtype = str(resolve_dtype(config.target.dtype, device)).removeprefix("torch.")
     return HFTargetEngine(target, dtype, device, config.target.trust_remote_code)
+
+
+def connect_server(dialect: str, url: str, token: str | None) -> CaptureServer:
+    """The server at ``url``, which speaks ``dialect`` (of ``ServersConfig``). Nothing is asked of it yet."""
+    match dialect:
+        case "specforge":
+            return SpecforgeServer(url, token)
+        case "vllm":
+            return VllmServer(url, token)
+        case "sglang":
+            return SglangServer(url, token)
+    raise ConfigError(f"no dialect {dialect!r} of capture servers is known; choose one of specforge, vllm, sglang")

@@ -14,8 +14,8 @@ from specforge.data_plane.encoding import not_finite
 from specforge.data_plane.offline import Manifest
 from specforge.data_plane.offline_writer import FeatureSetWriter
 from specforge.errors import DataError, RunFailed
-from specforge.inference.engine import TargetEngine
-from specforge.inference.rollout import ENGINE_WIDE
+from specforge.inference.engine import CapturedSample, TargetEngine
+from specforge.inference.rollout import is_engine_wide
 from specforge.launch.inputs import RunInputs, resolve_device, resolve_dtype
 from specforge.launch.plan import sample_bytes
 from specforge.monitor.console import progress
@@ -64,9 +64,18 @@ def _capture_missing(inputs: RunInputs, writer: FeatureSetWriter, make: Callable
     engine = make()
     max_failed, num_failed = _max_failed(inputs), 0
     done = len(inputs.tasks) - len(tasks)
+    captured = engine.capture(tasks, inputs.spec)
     with progress("capturing", len(inputs.tasks), "samples", done) as bar:
-        for task in tasks:
-            reason = _capture_one(inputs, engine, writer, task)
+        for number, task in enumerate(tasks, 1):
+            try:
+                sample = next(captured)
+            except Exception as error:
+                if is_engine_wide(error):
+                    raise
+                reason: str | None = f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
+                captured = engine.capture(tasks[number:], inputs.spec)  # an iterator that raised is over
+            else:
+                reason = _store(writer, task, sample)
             if reason is not None:
                 num_failed += 1
                 writer.fail(task.sample_id, reason)
@@ -79,14 +88,8 @@ def _capture_missing(inputs: RunInputs, writer: FeatureSetWriter, make: Callable
             bar.update_to(done)
 
 
-def _capture_one(inputs: RunInputs, engine: TargetEngine, writer: FeatureSetWriter, task: PromptTask) -> str | None:
-    """Capture and store ``task``; why that failed, where it was the prompt's failure."""
-    try:
-        (sample,) = engine.capture([task], inputs.spec)
-    except ENGINE_WIDE:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever one prompt does to the engine is that prompt's failure
-        return f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
+def _store(writer: FeatureSetWriter, task: PromptTask, sample: CapturedSample) -> str | None:
+    """Put ``sample`` into the set; why not, where its features are damaged."""
     damaged = not_finite(sample.tensors)
     if damaged is not None:
         return f"the target gave NaN or infinite values in feature {damaged!r}"

@@ -18,6 +18,7 @@ from specforge.evaluation.evaluator import PREFIX, Evaluator, EvaluatorSettings
 from specforge.evaluation.held_out import is_better
 from specforge.evaluation.speculative import SpeculativeDecoder
 from specforge.export.draft import TrainedDraft
+from specforge.inference.engine import TargetEngine
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.target import load_tokenizer
 from specforge.launch.feature_sets import capture_tasks
@@ -33,6 +34,7 @@ PROMPT_TOKENS = EvaluationConfig().prompt_tokens
 """Of a plain text, its beginning; as ``specforge eval`` has it by default."""
 
 LoadTarget = Callable[[], HFTargetEngine]
+LoadEngine = Callable[[], TargetEngine]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,19 @@ class _EveryRank:
 
 
 class HeldOutEvaluation:
-    """The evaluation of a run, as its trainer wants it. ``load_target`` is called where the target must run."""
+    """The evaluation of a run, as its trainer wants it.
 
-    def __init__(self, inputs: RunInputs, trainable: Trainable, ranks: Ranks, load_target: LoadTarget) -> None:
+    ``load_engine`` is called where features must be captured, ``load_target`` where the target must decode.
+    """
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        trainable: Trainable,
+        ranks: Ranks,
+        load_target: LoadTarget,
+        load_engine: LoadEngine | None = None,
+    ) -> None:
         self._options = inputs.config.held_out
         self._inputs, self._trainable, self._ranks, self._load_target = inputs, trainable, ranks, load_target
         self._engine: HFTargetEngine | None = None
@@ -58,7 +70,7 @@ class HeldOutEvaluation:
         self._evaluator = Evaluator(
             trainable.algorithm,
             trainable.tables,
-            held_out_features(inputs, self._tasks, key, load_target),
+            held_out_features(inputs, self._tasks, key, load_engine or load_target),
             EvaluatorSettings(
                 self._options.micro_batch_tokens or training.micro_batch_tokens,
                 str(device),
@@ -117,7 +129,7 @@ def held_out_tasks(inputs: RunInputs) -> list[PromptTask]:
 def held_out_data(config: RunConfig) -> DataConfig:
     """The options of the data, for the evaluation samples."""
     options = config.held_out
-    changed = {"path": options.data, "features": None, "limit": options.num_samples}
+    changed = {"path": options.data, "features": None, "generate": None, "limit": options.num_samples}
     if options.max_length is not None:
         changed["max_length"] = options.max_length
     return config.data.model_copy(update=changed)
@@ -140,10 +152,10 @@ def held_out_key(inputs: RunInputs, tasks: list[PromptTask]) -> EvalKey:
     )
 
 
-def held_out_features(inputs: RunInputs, tasks: list[PromptTask], key: EvalKey, load_target: LoadTarget) -> FeatureSet:
+def held_out_features(inputs: RunInputs, tasks: list[PromptTask], key: EvalKey, load: LoadEngine) -> FeatureSet:
     """Features of ``tasks``: from the cache, or captured now for this run and every later one."""
     cache = EvalCache(inputs.config.held_out.cache_dir or default_directory())
-    return cache.features(key, lambda into: capture_tasks(replace(inputs, tasks=tasks), into, load_target))
+    return cache.features(key, lambda into: capture_tasks(replace(inputs, tasks=tasks), into, load))
 
 
 def _prompt_of(task: PromptTask) -> tuple[int, ...]:

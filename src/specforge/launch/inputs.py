@@ -19,6 +19,7 @@ from specforge.errors import ConfigError, DataError
 from specforge.inference.target import count_parameters, load_tokenizer, read_target_info
 from specforge.launch.offline import read_feature_prompts
 from specforge.launch.plan import DataFacts, ModelFacts, Plan, make_plan
+from specforge.prompts.responses import ResponseOptions
 from specforge.prompts.tasks import load_prompt_tasks
 from specforge.training.trainer import check_sequences
 
@@ -52,6 +53,11 @@ class RunInputs:
     plan: Plan
 
     @property
+    def responses(self) -> ResponseOptions | None:
+        """How the target answers the prompts; ``None`` where they have their answers."""
+        return ResponseOptions.of_run(self.config.data.generate, self.config.seed)
+
+    @property
     def pace(self) -> Pace:
         """How fast the draft learns: what the run says, else what the algorithm recommends."""
         chosen = {name: getattr(self.config.training, name) for name in asdict(self.algorithm.recommended)}
@@ -73,6 +79,7 @@ class RunInputs:
             "aux_layers": list(self.spec.aux_layers),
             "tokenizer_sha256": tokenizer_sha256(Path(self.target.path)),
             "data_sha256": tasks_sha256(self.tasks),
+            **({} if self.responses is None else {"generate": self.responses.identity()}),
             "shuffle": self.config.control_plane.shuffle,
             "order": self.config.control_plane.order,
             "total_steps": self.plan.total_steps,
@@ -103,8 +110,8 @@ def read_run_inputs(config: RunConfig) -> RunInputs:
     check_vocabulary(config, tasks, inputs.target)
     facts = DataFacts(
         num_samples=len(tasks),
-        num_tokens=sum(task.num_tokens for task in tasks),
-        max_tokens=max(task.num_tokens for task in tasks),
+        num_tokens=sum(task.max_tokens for task in tasks),
+        max_tokens=max(task.max_tokens for task in tasks),
     )
     width = ITEM_BYTES[
         str(resolve_dtype(config.target.dtype, resolve_device(config.target.device))).removeprefix("torch.")
@@ -136,10 +143,12 @@ def check_vocabulary(config: RunConfig, tasks: list[PromptTask], target: TargetI
 
 
 def tasks_sha256(tasks: list[PromptTask]) -> str:
-    """SHA-256 over ids, tokens and loss spans in order."""
+    """SHA-256 over ids, tokens and loss spans in order, and how long the responses may be that are to be generated."""
     digest = hashlib.sha256()
     for task in tasks:
         digest.update(repr((task.sample_id, task.input_ids, task.loss_spans)).encode())
+        if task.num_to_generate:
+            digest.update(repr(task.num_to_generate).encode())
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from specforge.config.run import RunConfig
 from specforge.contracts.capture import FLOAT8, CaptureSpec, TargetInfo
@@ -65,6 +66,7 @@ class Plan:
     the features of the window at most; ``resident_bytes`` those that each release policy keeps at most.
     ``num_train_ranks`` processes train; ``ranks_a_copy`` of them hold one copy of the training state together,
     ``ranks_a_sample`` have the same samples, and each has ``step_samples`` of an optimizer step at most.
+    ``servers``: the capture servers that the run file names; those of a file come on top.
     ``ledger_path`` is of SQLite, ``ledger_url`` and ``ledger_name`` (the schema) are of PostgreSQL.
     """
 
@@ -79,6 +81,7 @@ class Plan:
     transfer_bytes: int | None
     retain_memory_bytes: int
     retain_file_bytes: int
+    servers: tuple[str, ...]
     warnings: tuple[str, ...]
     ledger: str
     ledger_path: Path | None
@@ -124,7 +127,7 @@ def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: Da
     # What a process that captures holds of the features.
     held = {
         "local": resident_bytes[config.control_plane.release],
-        "shared_memory": capacity or 0,
+        "shared_memory": 0 if servers_write(config) else capacity or 0,
         "shared_dir": 0,
         "mooncake": transfer if config.topology == "disaggregated" else 0,
     }
@@ -144,7 +147,12 @@ def make_plan(config: RunConfig, target: TargetInfo, spec: CaptureSpec, data: Da
         transfer_bytes=transfer or None,
         retain_memory_bytes=in_memory,
         retain_file_bytes=in_files,
-        warnings=(*idle_ranks(config), *(warnings(config.data_plane.mooncake) if kind == "mooncake" else ())),
+        servers=server_urls(config),
+        warnings=(
+            *idle_ranks(config),
+            *(warnings(config.data_plane.mooncake) if kind == "mooncake" else ()),
+            *far_servers(config, kind),
+        ),
         ledger=ledger,
         ledger_path=ledger_path(config) if ledger == "sqlite" else None,
         **ledger_place(config),
@@ -288,7 +296,8 @@ def ledger_kind(config: RunConfig) -> str:
     """``none``, ``memory``, ``sqlite`` or ``postgres``."""
     kind, disaggregated = config.control_plane.ledger.kind, config.topology == "disaggregated"
     if kind == "auto":
-        return "sqlite" if disaggregated else "none"
+        # What the target answered has to outlive the process.
+        return "sqlite" if disaggregated or config.data.generate is not None else "none"
     return kind
 
 
@@ -305,8 +314,36 @@ def rank_names(config: RunConfig) -> list[str]:
 
 
 def writer_names(config: RunConfig) -> list[str]:
-    """The processes that capture: each has an arena where the store is in shared memory."""
+    """The processes that write features: each has an arena where the store is in shared memory."""
+    if servers_write(config):
+        return list(server_urls(config)) or ["server"]
     return capture_names(config) or rank_names(config)
+
+
+def servers_write(config: RunConfig) -> bool:
+    """Whether capture servers put features into the store of the run, not a process of the run."""
+    servers = config.target.servers
+    return servers is not None and servers.transport == "store" and config.topology == "disaggregated"
+
+
+def server_urls(config: RunConfig) -> tuple[str, ...]:
+    return () if config.target.servers is None else config.target.servers.urls
+
+
+def far_servers(config: RunConfig, kind: str) -> tuple[str, ...]:
+    """A warning where servers seem to be on another host than their store."""
+    if kind != "shared_memory" or not servers_write(config):
+        return ()
+    hosts = {urlsplit(url).hostname or "" for url in server_urls(config)}
+    far = sorted(hosts - {"localhost", "127.0.0.1", "::1"})
+    if not far:
+        return ()
+    warning = (
+        f"features go into shared memory, so the capture servers at {', '.join(far)} must be processes of this host "
+        "and of this user; for other hosts use data_plane.store.kind=mooncake or shared_dir, or "
+        "target.servers.transport=inline"
+    )
+    return (warning,)
 
 
 def run_id(config: RunConfig) -> str:
@@ -408,8 +445,8 @@ def ledger_place(config: RunConfig) -> dict[str, str | None]:
 
 
 def captured_by(config: RunConfig, models: ModelFacts) -> int:
-    """Bytes of the target in a process that captures; features that were captured earlier need none."""
-    return 0 if config.data.features is not None else models.target_bytes
+    """Bytes of the target in a process that captures; features that were captured earlier, or by servers, need none."""
+    return 0 if config.data.features is not None or config.target.servers is not None else models.target_bytes
 
 
 def _services(kind: str, capacity: int | None) -> tuple[ProcessPlan, ...]:
@@ -430,7 +467,7 @@ def _processes(
     names = rank_names(config)
     # The leader decodes evaluation prompts with a target that it has for the capture, or for this alone.
     decodes = config.held_out.data is not None and config.held_out.speculative_every > 0
-    has_target = config.topology == "colocated" and config.data.features is None
+    has_target = config.topology == "colocated" and captured_by(config, models) > 0
     num_decoding_bytes = models.target_bytes if decodes and not has_target else 0
     if config.topology == "colocated" and len(names) == 1:
         roles = ("capture", "controller", "train")

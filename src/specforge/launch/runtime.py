@@ -17,7 +17,6 @@ from specforge.contracts.refs import Slot
 from specforge.errors import ProducerFailed, RunFailed
 from specforge.launch.child import ChildSpec
 from specforge.launch.host import HostExecutor
-from specforge.launch.sources import Worker
 from specforge.monitor.base import Monitor
 from specforge.training.checkpoint import weights_sha256
 from specforge.training.checkpointer import Checkpointer
@@ -156,11 +155,17 @@ class TrainRuntime:
             return False
 
 
+class Rollout(Protocol):
+    """A rollout worker, or what drives several."""
+
+    def run(self) -> None: ...
+
+
 class CaptureRuntime:
-    """The capture side in a process of its own: one engine and one arena, for one rollout worker after the other."""
+    """The capture side in a process of its own: one engine, or servers, for one control plane after the other."""
 
     def __init__(
-        self, connect: Callable[[str, str, contextlib.ExitStack], Worker], resources: contextlib.ExitStack
+        self, connect: Callable[[str, str, contextlib.ExitStack], Rollout], resources: contextlib.ExitStack
     ) -> None:
         self._connect = connect
         self._resources = resources

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from specforge.contracts.codec import from_json, to_json
 from specforge.contracts.refs import SampleRef, SlotRef
-from specforge.control_plane.base import CaptureControl, CommitReply, LeaseReply
+from specforge.control_plane.base import CaptureControl, CommitReply, LeaseReply, Recorded
 from specforge.data_plane.loader import RefSource
 from specforge.errors import ProducerFailed
 from specforge.training.ranks import Channel
@@ -90,6 +90,9 @@ class _PassedOn:
 
     def commit(self, refs: Sequence[SampleRef]) -> CommitReply:
         return self._inner.commit(refs)
+
+    def record(self, worker_id: str, sample_id: str, generation: int, response_ids: Sequence[int]) -> Recorded:
+        return self._inner.record(worker_id, sample_id, generation, response_ids)
 
     def fail(self, worker_id: str, sample_id: str, generation: int, reason: str) -> None:
         self._inner.fail(worker_id, sample_id, generation, reason)

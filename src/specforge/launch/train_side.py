@@ -39,7 +39,7 @@ from specforge.data_plane.retention import RetainingFeatureStore
 from specforge.inference.engine import TargetEngine
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.rollout import RolloutSettings, RolloutWorker
-from specforge.launch.engines import load_target
+from specforge.launch.engines import load_target, make_evaluation_engine
 from specforge.launch.group import worker_name
 from specforge.launch.held_out import HeldOutEvaluation
 from specforge.launch.inputs import RunInputs, TargetInputs, resolve_device
@@ -60,6 +60,7 @@ from specforge.monitor.fanout import FanoutMonitor
 from specforge.monitor.jsonl import JsonlMonitor
 from specforge.monitor.naming import hyperparameters
 from specforge.monitor.trackers import TrackedRun, open_trackers
+from specforge.prompts.responses import ResponseOptions
 from specforge.training.checkpoint import CheckpointState, TrainPosition, best_state
 from specforge.training.ranks import Ranks
 from specforge.training.trainer import Surroundings
@@ -94,6 +95,7 @@ def make_worker(
         max_tasks=min(MAX_LEASES, share) if together else MAX_LEASES,
         poll_s=30.0,
         target_revision=inputs.target.revision,
+        responses=ResponseOptions.of_run(inputs.config.data.generate, inputs.config.seed),
     )
     return RolloutWorker(control, engine, store, settings)
 
@@ -125,7 +127,13 @@ def build_train_side(
     if config.held_out.data is not None:
         # In one process with the capture, its target serves both.
         here = engine if isinstance(engine, HFTargetEngine) else None
-        evaluation = HeldOutEvaluation(inputs, trainable, ranks, lambda: here or load_target(config, inputs.target))
+        evaluation = HeldOutEvaluation(
+            inputs,
+            trainable,
+            ranks,
+            lambda: here or load_target(config, inputs.target),
+            lambda: here or make_evaluation_engine(config, inputs.target),
+        )
     around = Surroundings(
         checkpointer, leads.controller if leads else follows, leads.log if leads else follows, ranks, evaluation
     )
@@ -336,7 +344,15 @@ def controller_settings(inputs: RunInputs) -> ControllerSettings:
         low_watermark=control.low_watermark,
         in_order=control.order == "strict",
         release=control.release,
+        responses=_made_by(inputs),
     )
+
+
+def _made_by(inputs: RunInputs) -> str:
+    """Everything that the responses of a run depend on besides its prompts; empty where there are none."""
+    if inputs.responses is None:
+        return ""
+    return json.dumps({**inputs.responses.identity(), "target_revision": inputs.target.revision}, sort_keys=True)
 
 
 def loader_settings(inputs: RunInputs, position: TrainPosition, ranks: Ranks | None = None) -> LoaderSettings:

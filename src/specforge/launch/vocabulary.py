@@ -34,6 +34,12 @@ def draft_vocabulary(inputs: RunInputs) -> Tensor | None:
     if size == vocab_size:
         return None
     target, config = Path(inputs.target.path), inputs.config
+    if any(task.num_to_generate for task in inputs.tasks):
+        raise ConfigError(
+            f"algorithm.draft_vocab_size is {size}: which ids the draft keeps is counted in the answers, and with "
+            "data.generate they are not there yet; write them first with specforge regenerate and train on that file, "
+            "or leave draft_vocab_size out"
+        )
     tokenizer = tokenizer_sha256(target)
     num_tokens = len(load_tokenizer(target, config.target.trust_remote_code)) if tokenizer else None
     if num_tokens is not None and size > num_tokens:

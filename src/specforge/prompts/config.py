@@ -9,8 +9,31 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from specforge.errors import ConfigError
 
-PATH_ONLY = ("format", "chat_template", "last_turn_only", "max_invalid")
+PATH_ONLY = ("format", "chat_template", "last_turn_only", "max_invalid", "generate")
 """Options of reading ``data.path``. Features were captured from tokens: these have done their work by then."""
+
+
+class GenerateOptions(BaseModel):
+    """Responses that the target writes itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    max_new_tokens: int = Field(
+        512, ge=1, le=1 << 20, description="Longest response in tokens; data.max_length bounds prompt and response."
+    )
+    temperature: float = Field(0.0, ge=0.0, le=100.0, description="Temperature that tokens are drawn at; 0: greedy.")
+    top_p: float = Field(
+        1.0, gt=0.0, le=1.0, description="Draw from the smallest set of tokens with this probability; 1: from all."
+    )
+    top_k: int = Field(0, ge=0, lt=2**31, description="Draw from this many of the likeliest tokens; 0: from all.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Seed of what is drawn, one stream a prompt; null: the seed of the run."
+    )
+    keep_original: bool = Field(
+        False,
+        description="Samples that end with an answer keep it, and only the others are answered; false: that answer is "
+        "dropped, and the target writes its own.",
+    )
 
 
 class DataConfig(BaseModel):
@@ -57,6 +80,12 @@ class DataConfig(BaseModel):
         0, description="Bad lines that are tolerated and skipped; with 0 the first one ends the run."
     )
 
+    generate: GenerateOptions | None = Field(
+        None,
+        description="The target answers the prompts of data.path itself, and its responses are recorded and trained "
+        "on; null: the answers are those of the file.",
+    )
+
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
         # A ConfigError, not a ValueError: this is a whole sentence, which pydantic's wording would spoil.
@@ -65,6 +94,11 @@ class DataConfig(BaseModel):
             raise ConfigError(
                 "a run needs exactly one of data.path (a JSONL file with prompts) and data.features (a directory that "
                 f"specforge capture wrote), got {got}; set one of them and leave the other out, or null"
+            )
+        if self.generate is not None and self.generate.max_new_tokens < self.min_loss_tokens:
+            raise ConfigError(
+                f"data.generate.max_new_tokens is {self.generate.max_new_tokens}, less than data.min_loss_tokens = "
+                f"{self.min_loss_tokens}: no response could be trained on; raise the first or lower the second"
             )
         for name in PATH_ONLY if self.path is None else ():
             if getattr(self, name) != type(self).model_fields[name].default:

@@ -9,16 +9,21 @@ from pathlib import Path
 from specforge.contracts.tasks import PromptTask
 from specforge.errors import DataError
 from specforge.prompts.sources import numbered_lines, parse_line
-from specforge.prompts.tasks import make_task
+from specforge.prompts.tasks import check_sample_ids, make_task
 
 
 def recorded_lines(tasks: Iterable[PromptTask]) -> bytes:
-    """JSONL in the ``tokens`` format of ``data.format``, one line a task; equal tasks give equal bytes."""
+    """JSONL in the ``tokens`` format of ``data.format``, one line a task; equal tasks give equal bytes.
+
+    A row has a ``sample_id`` where it would be given another one when it is read; a task without one is given one then.
+    """
     lines = []
     for task in tasks:
         row: dict[str, object] = {"input_ids": task.input_ids, "loss_spans": task.loss_spans}
         if task.attributes:
             row["attributes"] = task.attributes
+        if task.sample_id and task.sample_id != make_task(task.index, task.input_ids, task.loss_spans).sample_id:
+            row["sample_id"] = task.sample_id
         lines.append(json.dumps(row, separators=(",", ":"), sort_keys=True))
     return "".join(line + "\n" for line in lines).encode()
 
@@ -35,9 +40,10 @@ def read_recorded(path: Path, limit: int | None = None) -> list[PromptTask]:
         except DataError as error:
             raise DataError(f"{path} line {number}: {error}") from None
         assert tokens is not None
-        tasks.append(make_task(len(tasks), tokens.input_ids, tokens.loss_spans, tokens.attributes))
+        tasks.append(make_task(len(tasks), tokens.input_ids, tokens.loss_spans, tokens.attributes, tokens.sample_id))
         if len(tasks) == limit:
             break
     if not tasks:
         raise DataError(f"{path}: the file is empty; it should hold one JSON object a line")
+    check_sample_ids(path, tasks)
     return tasks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,22 @@ _SHAREGPT_ROLES = {
 }
 _CONTENT_KEYS = {"messages": "messages", "sharegpt": "conversations", "text": "text", "tokens": "input_ids"}
 
+_SAMPLE_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
+
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedTokens:
-    """Token ids that were recorded before, with half-open loss spans, ascending and disjoint."""
+    """Token ids that were recorded before, with half-open loss spans, ascending and disjoint.
+
+    ``sample_id``: the one that they were recorded under; ``None``: a new one.
+    """
 
     input_ids: tuple[int, ...]
     loss_spans: tuple[tuple[int, int], ...]
     attributes: dict[str, str]
+    sample_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +147,10 @@ def _tokens(row: dict[str, Any]) -> RecordedTokens:
         raise DataError(f'"loss_spans" should be ascending, disjoint and within the {len(ids)} tokens, got {spans}')
     if not isinstance(attributes, dict) or not all(isinstance(value, str) for value in attributes.values()):
         raise DataError('"attributes" should be an object of texts')
-    return RecordedTokens(tuple(ids), tuple((start, end) for start, end in spans if start < end), attributes)
+    name = row.get("sample_id")
+    if name is not None and not (isinstance(name, str) and _SAMPLE_ID.fullmatch(name)):
+        raise DataError(f'"sample_id" should be 1 to 128 letters, digits, ".", "-" or "_", got {name!r:.80}')
+    return RecordedTokens(tuple(ids), tuple((start, end) for start, end in spans if start < end), attributes, name)
 
 
 def _are_ids(values: Any) -> TypeGuard[list[int]]:

@@ -6,7 +6,8 @@ import hashlib
 import logging
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,19 +65,23 @@ def read_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
         num_lines += 1
         try:
             sample = parse_line(line, config.format)
-            encoded = encoder.encode(sample)
+            encoded, is_prompt = encoder.encode(sample)
         except DataError as error:
             num_invalid += 1
             if num_invalid > config.max_invalid:
                 raise DataError(f"{config.path} line {number}: {error}") from None
             continue
-        cut = _truncated(encoded, config.max_length)
-        if len(cut.input_ids) < 2 or sum(end - start for start, end in cut.loss_spans) < config.min_loss_tokens:
+        cut = encoded if is_prompt else _truncated(encoded, config.max_length)
+        num_to_generate = _longest_response(config, len(cut.input_ids)) if is_prompt else 0
+        num_loss = num_to_generate or sum(end - start for start, end in cut.loss_spans)
+        if len(cut.input_ids) + num_to_generate < 2 or num_loss < config.min_loss_tokens:
             num_without_loss += 1
             continue
         num_truncated += cut is not encoded
-        attributes = sample.tokens.attributes if sample.tokens is not None else {}
-        tasks.append(make_task(len(tasks), cut.input_ids, cut.loss_spans, attributes))
+        given = sample.tokens
+        attributes, name = ({}, None) if given is None else (given.attributes, given.sample_id)
+        task = make_task(len(tasks), cut.input_ids, cut.loss_spans, attributes, name)
+        tasks.append(replace(task, num_to_generate=num_to_generate) if num_to_generate else task)
         if len(tasks) == config.limit:
             break
     prompts = PromptSet(tasks, num_lines, num_invalid, num_without_loss, num_truncated)
@@ -88,35 +93,92 @@ def read_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
             f"with at least {config.min_loss_tokens} of its tokens (data.min_loss_tokens) among the first "
             f"{config.max_length} of the sample (data.max_length)"
         )
+    check_sample_ids(config.path, tasks)
     return prompts
 
 
+def check_sample_ids(path: Path, tasks: Sequence[PromptTask]) -> None:
+    """Refuse rows of ``path`` that give one ``sample_id`` twice."""
+    seen: set[str] = set()
+    for task in tasks:
+        if task.sample_id in seen:
+            raise DataError(
+                f'{path}: "sample_id" {task.sample_id!r} is given to two rows; leave it out of rows that were put '
+                "together from several files"
+            )
+        seen.add(task.sample_id)
+
+
 def make_task(
-    index: int, input_ids: Sequence[int], loss_spans: Sequence[Span], attributes: dict[str, str] | None = None
+    index: int,
+    input_ids: Sequence[int],
+    loss_spans: Sequence[Span],
+    attributes: dict[str, str] | None = None,
+    sample_id: str | None = None,
 ) -> PromptTask:
-    """The task at position ``index``; its ``sample_id`` is a function of the position and the token ids."""
-    digest = hashlib.sha256(struct.pack(f"<{len(input_ids)}i", *input_ids)).hexdigest()
-    return PromptTask(f"{index:08d}-{digest[:12]}", index, tuple(input_ids), tuple(loss_spans), attributes or {})
+    """The task at position ``index``; a ``sample_id`` that is not given is a function of the position and the ids."""
+    if sample_id is None:
+        digest = hashlib.sha256(struct.pack(f"<{len(input_ids)}i", *input_ids)).hexdigest()
+        sample_id = f"{index:08d}-{digest[:12]}"
+    return PromptTask(sample_id, index, tuple(input_ids), tuple(loss_spans), attributes or {})
 
 
 class _Encoder:
-    """Texts and conversations to tokens; the chat template is needed only where there is a conversation."""
+    """Texts and conversations to tokens; the chat template is needed only where there is a conversation.
+
+    With ``data.generate`` they become prompts: up to where the last answer begins.
+    """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._template = None if config.chat_template is None else template_text(config.chat_template)
-        self._chat: ChatEncoder | None = None
 
-    def encode(self, sample: SourceSample) -> EncodedSample:
+    def encode(self, sample: SourceSample) -> tuple[EncodedSample, bool]:
+        """The sample, and whether it is a prompt that the target is to answer."""
+        options = self._config.generate
+        if options is None or (options.keep_original and _is_answered(sample)):
+            return self._whole(sample), False
+        return EncodedSample(self._prompt(sample), ()), True
+
+    def _whole(self, sample: SourceSample) -> EncodedSample:
         if sample.tokens is not None:
             return EncodedSample(sample.tokens.input_ids, sample.tokens.loss_spans)
         if sample.messages is None:
-            ids = tuple(self._tokenizer(sample.text, verbose=False)["input_ids"])
+            ids = self._text(sample)
             return EncodedSample(ids, ((0, len(ids)),) if ids else ())
-        if self._chat is None:
-            self._chat = ChatEncoder(self._tokenizer, self._template)
-        return self._chat.encode(sample.messages, self._config.last_turn_only)
+        return self._conversations.encode(sample.messages, self._config.last_turn_only)
+
+    def _prompt(self, sample: SourceSample) -> tuple[int, ...]:
+        if sample.tokens is not None:
+            ids, spans = sample.tokens.input_ids, sample.tokens.loss_spans
+            return ids[: spans[-1][0]] if _is_answered(sample) else ids
+        if sample.messages is None:
+            return self._text(sample)
+        messages = sample.messages[:-1] if _is_answered(sample) else sample.messages
+        if not messages:
+            raise DataError("the conversation has no message before the assistant's, so there is nothing to answer")
+        return self._conversations.prompt(messages)
+
+    def _text(self, sample: SourceSample) -> tuple[int, ...]:
+        return tuple(self._tokenizer(sample.text, verbose=False)["input_ids"])
+
+    @cached_property
+    def _conversations(self) -> ChatEncoder:
+        return ChatEncoder(self._tokenizer, self._template)
+
+
+def _is_answered(sample: SourceSample) -> bool:
+    """Whether a prompt is followed by an answer; a plain text, or tokens that are all under the loss, are a prompt."""
+    if sample.tokens is not None:
+        return bool(sample.tokens.loss_spans) and sample.tokens.loss_spans[-1][0] > 0
+    return sample.messages is not None and sample.messages[-1]["role"] == "assistant"
+
+
+def _longest_response(config: DataConfig, num_tokens: int) -> int:
+    """Of a prompt with ``num_tokens``; 0: there is no room for one."""
+    assert config.generate is not None
+    return max(0, min(config.generate.max_new_tokens, config.max_length - num_tokens)) if num_tokens else 0
 
 
 def template_text(path: Path, option: str = "data.chat_template") -> str:

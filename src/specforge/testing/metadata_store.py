@@ -137,6 +137,41 @@ class MetadataStoreSuite:
         with pytest.raises(ConfigError, match=r"seed=1.*seed=2"):
             store.bind("seed=2")
 
+    # Responses
+
+    def test_a_response_is_recorded_once_and_the_first_one_stays(self, store: MetadataStore) -> None:
+        assert store.record(2, [7, 8, 9]) == (7, 8, 9)
+        assert store.record(2, [1]) == (7, 8, 9)
+        assert store.record(0, ()) == ()
+        assert store.record(0, [5]) == ()
+        assert store.responses_at([0, 1, 2, 2]) == {0: (), 2: (7, 8, 9)}
+        assert store.responses_at([]) == {}
+        assert list(store.response_lengths()) == [(0, 0), (2, 3)]
+        with pytest.raises(InvalidTransition, match="not registered"):
+            store.record(self.num_tasks, [1])
+
+    def test_responses_outlive_attempts_and_rewinds(self, store: MetadataStore) -> None:
+        (attempt,) = [Attempt(1, generation) for generation in store.lease([1], "w0")]
+        store.record(1, [4, 5])
+        store.crash([attempt])
+        self.train(store, 0, 0, step=1)
+        store.record(0, [6])
+        store.rewind(Position(0, 0), self.index_at, [])
+        assert store.responses_at([0, 1]) == {0: (6,), 1: (4, 5)}
+        assert store.sample(1).state is SampleState.PENDING
+
+    def test_many_responses_are_read_in_parts(self) -> None:
+        store = self.make_store()
+        store.register([make_task(i, num_tokens=2) for i in range(2500)])
+
+        def work() -> None:
+            for index in range(2500):
+                store.record(index, [index] * (index % 3))
+
+        store.transact(work)
+        assert list(store.response_lengths()) == [(index, index % 3) for index in range(2500)]
+        assert store.responses_at(range(2500))[2498] == (2498,) * 2
+
     # Transactions
 
     def test_a_unit_of_work_gives_its_result_and_may_be_nested(self, store: MetadataStore) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from specforge.algorithms.base import DraftRequest, StepContext
 from specforge.algorithms.catalog import ALGORITHMS, get_algorithm, options_of
+from specforge.contracts.capture_server import Generate
 from specforge.contracts.refs import Slot
 from specforge.contracts.tasks import PromptTask
 from specforge.inference.huggingface import HFTargetEngine
@@ -43,7 +44,7 @@ def engine(tiny_target_dir):
 def text(engine, tiny_target_dir):
     """A prompt with the target's own greedy answer, as ids, and where the answer starts."""
     prompt = load_tokenizer(tiny_target_dir)(PROMPT)["input_ids"]
-    [answer] = engine.generate([prompt], ANSWER_TOKENS)
+    [answer] = engine.generate([prompt], Generate(ANSWER_TOKENS))
     return [*prompt, *answer.token_ids], len(prompt)
 
 

@@ -10,7 +10,9 @@ import pytest
 from specforge.cli import main as cli
 from specforge.errors import ConfigError, EngineError
 
-VERBS = ("demo", "train", "plan", "eval", "export", "status", "quarantine", "doctor")
+VERBS = (
+    "demo", "train", "plan", "eval", "export", "status", "quarantine", "doctor", "serve-target", "regenerate",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ class Run:
     """``features`` outlive the run where a test passes those of an earlier one."""
 
     def __init__(
-        self, store, *, epochs=1, num_samples=NUM_SAMPLES, seed=1, clock=None, features=None, retain=False, **settings
-    ):
+        self, store, *, epochs=1, num_samples=NUM_SAMPLES, seed=1, clock=None, features=None, retain=False,
+        tasks=None, **settings
+    ):  # fmt: skip
         self.now = 0.0
         self.store = store
         self.order = SampleOrder(num_samples, epochs, seed=seed)
@@ -24,7 +25,7 @@ class Run:
         self.controller = DataFlowController(
             store,
             self.order,
-            ListedTasks([make_task(i) for i in range(num_samples)]),
+            tasks or ListedTasks([make_task(i) for i in range(num_samples)]),
             self.writer,
             ControllerSettings(**options),
             self.features,

@@ -19,6 +19,7 @@ def fill(store: SqlMetadataStore) -> None:
     store.crash([Attempt(2, 2)])
     store.fail(Attempt(3, 2), "odd")
     store.quarantine(3, 3, "poison")
+    store.record(1, [5, 6])
 
 
 ILLEGAL = [
@@ -53,6 +54,10 @@ ILLEGAL = [
     "UPDATE quarantines SET to_slot = 9",
     "DELETE FROM quarantines",
     "INSERT INTO tasks (idx, sample_id, body) VALUES (9, 's0', '')",
+    "INSERT INTO responses (idx, num_tokens, body) VALUES (1, 0, '[]')",
+    "INSERT INTO responses (idx, num_tokens, body) VALUES (9, 0, '[]')",
+    "INSERT INTO responses (idx, num_tokens, body) VALUES (2, -1, '[]')",
+    "UPDATE responses SET body = '[1,2]'",
 ]
 
 

@@ -107,7 +107,7 @@ def test_a_ledger_of_another_schema_version_is_refused(store, path, version):
     store.close()
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute("UPDATE run SET value = ? WHERE key = 'schema_version'", [str(version)])
-    with pytest.raises(ConfigError, match=f"schema version {version}, this build reads version 2"):
+    with pytest.raises(ConfigError, match=f"schema version {version}, this build reads version 3"):
         SqlMetadataStore(path)
 
 

@@ -292,7 +292,7 @@ def test_what_is_no_ledger_is_refused(server, store, name):
     store.close()
     with psycopg.connect(server.url) as admin:
         admin.execute(f"UPDATE {name}.run SET value = '1' WHERE key = 'schema_version'")
-    with pytest.raises(ConfigError, match="schema version 1, this build reads version 2"):
+    with pytest.raises(ConfigError, match="schema version 1, this build reads version 3"):
         SqlMetadataStore(server.url, name=name)
 
 

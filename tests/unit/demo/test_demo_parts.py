@@ -1,10 +1,8 @@
-import json
-
 import pytest
 
 from specforge.algorithms.catalog import ALGORITHMS
 from specforge.demo.corpus import Module, standard_library_modules
-from specforge.demo.prompts import CutPrompt, cut_prompts, record_responses
+from specforge.demo.prompts import cut_prompts
 from specforge.demo.run import (
     DRAFTS,
     PACKAGED_TARGET,
@@ -18,57 +16,8 @@ from specforge.demo.run import (
     trained_modules,
 )
 from specforge.errors import DataError, UserError
-from specforge.inference.engine import Generation
 from specforge.inference.target import load_tokenizer, read_target_info
 from specforge.launch.lock import run_lock
-
-
-class CountingEngine:
-    """Continues every prompt with its length and the number of prompts in the batch."""
-
-    def __init__(self, fail_at: int | None = None) -> None:
-        self.calls = 0
-        self._fail_at = fail_at
-
-    def generate(self, prompts, max_new_tokens):
-        if self.calls == self._fail_at:
-            raise KeyboardInterrupt
-        self.calls += 1
-        return [Generation((len(prompt), len(prompts)), False) for prompt in prompts]
-
-
-PROMPTS = [CutPrompt("m", tuple(range(n + 1))) for n in range(10)]
-
-
-def test_an_interrupted_recording_ends_as_the_undisturbed_one(tmp_path):
-    list(record_responses(CountingEngine(), PROMPTS, tmp_path / "whole", 4, 2))
-    path = tmp_path / "broken"
-    with pytest.raises(KeyboardInterrupt):
-        list(record_responses(CountingEngine(fail_at=1), PROMPTS, path, 4, 2))
-    with path.open("ab") as file:  # a batch of which two rows, and a half, reached the disk
-        file.write(b'{"input_ids":[1]}\n{"input_ids":[2]}\n{"inpu')
-    engine = CountingEngine()
-    assert list(record_responses(engine, PROMPTS, path, 4, 2)) == [4, 8, 10]
-    assert engine.calls == 2
-    assert path.read_bytes() == (tmp_path / "whole").read_bytes()
-
-
-def test_a_complete_recording_is_not_made_again(tmp_path):
-    path = tmp_path / "responses"
-    list(record_responses(CountingEngine(), PROMPTS, path, 4, 2))
-    again = CountingEngine()
-    assert list(record_responses(again, PROMPTS, path, 4, 2)) == [10]
-    assert again.calls == 0
-
-
-def test_only_the_response_is_under_the_loss(tmp_path):
-    path = tmp_path / "responses"
-    list(record_responses(CountingEngine(), PROMPTS, path, 4, 2))
-    for prompt, line in zip(PROMPTS, path.read_text().splitlines(), strict=True):
-        row = json.loads(line)
-        length = len(prompt.input_ids)
-        assert row["input_ids"][:length] == list(prompt.input_ids)
-        assert row["loss_spans"] == [[length, length + 2]]
 
 
 def test_prompts_are_a_function_of_modules_and_key_and_never_repeat():

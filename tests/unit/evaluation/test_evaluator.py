@@ -10,6 +10,7 @@ from held_out_sets import LENGTHS, SAMPLE_BUDGETS, held_out_samples, write_set
 
 from specforge.algorithms.base import Runs, StepContext
 from specforge.contracts.capture import CaptureSpec
+from specforge.contracts.capture_server import Generate
 from specforge.contracts.refs import SampleRef, Slot, SlotRef
 from specforge.contracts.tasks import PromptTask
 from specforge.data_plane.encoding import decode, encode
@@ -76,7 +77,7 @@ def test_simulated_rounds_are_those_of_decoding_the_whole_answer(tmp_path, make_
     target = make_target(8)
     drafting = make_drafting(target, case)
     prompts = ([3, 1], [5, 1, 1, 0, 2, 7, 4], [6, 2, 3, 3])
-    texts = [(prompt, target.generate([prompt], 40)[0].token_ids) for prompt in prompts]
+    texts = [(prompt, target.generate([prompt], Generate(40))[0].token_ids) for prompt in prompts]
     expected = simulate(
         target, drafting.algorithm, drafting.draft, target.tables, drafting.spec, texts, max_new_tokens=10**6
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from specforge.algorithms.base import Runs
+from specforge.contracts.capture_server import Generate
 from specforge.contracts.tasks import PromptTask
 from specforge.evaluation.simulated import rounds_of, simulate
 from specforge.evaluation.speculative import SpeculativeDecoder
@@ -21,7 +22,7 @@ NUM_NEW = 40
 def test_simulated_rounds_are_those_of_real_decoding(make_target: Callable[[int], HFTargetEngine], case: str):
     target = make_target(8)
     drafting = make_drafting(target, case)
-    answers = [target.generate([prompt], NUM_NEW)[0].token_ids for prompt in PROMPTS]
+    answers = [target.generate([prompt], Generate(NUM_NEW))[0].token_ids for prompt in PROMPTS]
     texts = list(zip(PROMPTS, answers, strict=True))
     simulated = simulate(target, drafting.algorithm, drafting.draft, target.tables, drafting.spec, texts, NUM_NEW)
     num_proposals = sum(name.startswith("accuracy_") for name in simulated.scalars)
@@ -37,7 +38,7 @@ def test_simulated_rounds_end_at_stop_tokens_as_real_ones(make_target: Callable[
     drafting = make_drafting(target, case)
     for stop in range(8):
         target.info = replace(target.info, eos_token_ids=(stop,))
-        answers = [target.generate([prompt], NUM_NEW)[0].token_ids for prompt in PROMPTS]
+        answers = [target.generate([prompt], Generate(NUM_NEW))[0].token_ids for prompt in PROMPTS]
         texts = list(zip(PROMPTS, answers, strict=True))
         simulated = simulate(target, drafting.algorithm, drafting.draft, target.tables, drafting.spec, texts, NUM_NEW)
         num_proposals = sum(name.startswith("accuracy_") for name in simulated.scalars)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specforge.algorithms.base import DraftRequest, Proposal, Proposer
 from specforge.contracts.capture import CaptureSpec
+from specforge.contracts.capture_server import Generate
 from specforge.demo.run import print_report
 from specforge.errors import DataError
 from specforge.evaluation import speculative as module
@@ -59,7 +60,7 @@ class OracleProposer(Proposer):
         pass
 
     def propose(self, tokens: list[int], features: Mapping[str, Tensor], request: DraftRequest) -> Proposal:
-        return Proposal(self._engine.generate([tokens], request.num_proposals)[0].token_ids)
+        return Proposal(self._engine.generate([tokens], Generate(request.num_proposals))[0].token_ids)
 
 
 class PartlyRightProposer(OracleProposer):
@@ -121,7 +122,7 @@ def test_random_draft_gives_the_exact_output(engine: HFTargetEngine, num_proposa
 def test_plain_output_is_that_of_the_engine(engine: HFTargetEngine):
     decoder = SpeculativeDecoder(engine, RandomProposer(), SPEC, 3)
     for prompt in prompts(6):
-        assert decoder.plain(prompt, NUM_NEW).tokens == engine.generate([prompt], NUM_NEW)[0].token_ids
+        assert decoder.plain(prompt, NUM_NEW).tokens == engine.generate([prompt], Generate(NUM_NEW))[0].token_ids
 
 
 @pytest.mark.parametrize("num_right", [0, 1, 3])
@@ -147,7 +148,7 @@ def test_features_of_accepted_positions_equal_a_capture(engine: HFTargetEngine):
 def test_stop_token_ends_both_outputs_at_the_same_place(engine: HFTargetEngine, position: int):
     """Oracle 50. Stops in the prefill, inside an accepted run and as the extra token."""
     (prompt,) = prompts(3)[2:]
-    free = engine.generate([prompt], NUM_NEW)[0].token_ids
+    free = engine.generate([prompt], Generate(NUM_NEW))[0].token_ids
     first = free.index(free[position])
     engine.info = replace(engine.info, eos_token_ids=(free[position],))
     decoder = SpeculativeDecoder(engine, OracleProposer(engine), SPEC, 5)
@@ -159,7 +160,7 @@ def test_stop_token_ends_both_outputs_at_the_same_place(engine: HFTargetEngine, 
 @pytest.mark.parametrize("position", [1, 2, 4, 7, 13, 20])
 def test_round_that_a_stop_token_cuts_counts_with_the_tokens_it_committed(engine: HFTargetEngine, position: int):
     (prompt,) = prompts(3)[2:]
-    free = engine.generate([prompt], NUM_NEW)[0].token_ids
+    free = engine.generate([prompt], Generate(NUM_NEW))[0].token_ids
     last = free.index(free[position])
     engine.info = replace(engine.info, eos_token_ids=(free[position],))
     decoded = SpeculativeDecoder(engine, OracleProposer(engine), SPEC, 5).speculative(prompt, NUM_NEW + 6)

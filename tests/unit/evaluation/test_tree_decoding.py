@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specforge.algorithms.base import DraftRequest, Proposal, Proposer, Sampling, TreeShape
 from specforge.contracts.capture import CaptureSpec
+from specforge.contracts.capture_server import Generate
 from specforge.evaluation.speculative import SpeculativeDecoder
 from specforge.inference.huggingface import HFTargetEngine
 
@@ -45,7 +46,7 @@ class TreeProposer(Proposer):
         assert request.tree is not None
         paths = self._random_paths(request.tree)
         if self._engine is not None:
-            right = self._engine.generate([tokens], request.tree.depth + 1)[0].token_ids
+            right = self._engine.generate([tokens], Generate(request.tree.depth + 1))[0].token_ids
             paths = [path for path in paths if path[0] != right[0]][: request.tree.num_nodes - 1 - len(right)]
             paths = [path for path in paths if path[:-1] in paths or len(path) == 1]
             paths += [right[: end + 1] for end in range(len(right))]
@@ -95,7 +96,7 @@ def test_length_limit_makes_trees_shallower_and_leaves_the_round_out(target: HFT
     """Oracle 50."""
     proposer = TreeProposer(target)
     decoded = SpeculativeDecoder(target, proposer, SPEC, 1, tree=SHAPE).speculative(PROMPTS[1], num_new)
-    assert decoded.tokens == target.generate([PROMPTS[1]], num_new)[0].token_ids
+    assert decoded.tokens == target.generate([PROMPTS[1]], Generate(num_new))[0].token_ids
     assert decoded.accepted == (3,) * ((num_new - 1) // 4)
     for request in proposer.requests:
         assert request.tree is not None
@@ -106,7 +107,7 @@ def test_length_limit_makes_trees_shallower_and_leaves_the_round_out(target: HFT
 @pytest.mark.parametrize("position", [0, 2, 4, 7])
 def test_stop_token_ends_an_accepted_path(target: HFTargetEngine, position: int):
     """Oracle 50."""
-    free = target.generate([PROMPTS[2]], NUM_NEW)[0].token_ids
+    free = target.generate([PROMPTS[2]], Generate(NUM_NEW))[0].token_ids
     target.info = replace(target.info, eos_token_ids=(free[position],))
     decoded = SpeculativeDecoder(target, TreeProposer(target), SPEC, 1, tree=SHAPE).speculative(PROMPTS[2], NUM_NEW)
     assert decoded.tokens == free[: free.index(free[position]) + 1]

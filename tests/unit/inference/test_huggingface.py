@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from specforge.algorithms.base import target_logits
+from specforge.algorithms.base import Sampling, target_logits
+from specforge.algorithms.parts.sampling import distribution, draw
 from specforge.algorithms.parts.tables import load_target_tables
 from specforge.contracts.capture import CaptureSpec
+from specforge.contracts.capture_server import Generate
 from specforge.contracts.tasks import PromptTask
 from specforge.data_plane.encoding import decode
 from specforge.data_plane.tensors import Columns, materialised
@@ -82,15 +84,15 @@ def test_sessions_with_crops_agree_with_one_forward(target_dir: TargetDir, archi
 def test_padded_batch_continues_every_prompt_as_if_alone(target_dir: TargetDir, architecture: str):
     engine = HFTargetEngine(target_dir(architecture))
     prompts = [prompt(20), prompt(5, 1), prompt(1, 2)]
-    together = engine.generate(prompts, 12)
-    assert together == engine.generate(prompts, 12)
-    assert together == [engine.generate([ids], 12)[0] for ids in prompts]
+    together = engine.generate(prompts, Generate(12))
+    assert together == engine.generate(prompts, Generate(12))
+    assert together == [engine.generate([ids], Generate(12))[0] for ids in prompts]
 
 
 def test_last_hidden_state_predicts_the_greedy_continuation(engine: HFTargetEngine):
     """Oracle 2. Features are stored unshifted."""
     start = prompt(6)
-    (generation,) = engine.generate([start], 20)
+    (generation,) = engine.generate([start], Generate(20))
     ids = (*start, *generation.token_ids)
     features = captured(engine, ids)
     predicted = target_logits(engine.tables, features["last"]).argmax(-1).tolist()
@@ -182,19 +184,43 @@ def test_prompts_the_target_cannot_read_are_refused(engine: HFTargetEngine, ids:
 def test_stop_token_ends_its_row_only(target_dir: TargetDir):
     engine = HFTargetEngine(target_dir("qwen3"))
     prompts = [prompt(6, seed) for seed in range(4)]
-    free = engine.generate(prompts, 10)
+    free = engine.generate(prompts, Generate(10))
     stop = free[0].token_ids[4]
     engine.info = replace(engine.info, eos_token_ids=(stop,))
-    for row, generation in zip(free, engine.generate(prompts, 10), strict=True):
+    for row, generation in zip(free, engine.generate(prompts, Generate(10)), strict=True):
         stops = stop in row.token_ids
         assert generation.stopped == stops
         expected = row.token_ids[: row.token_ids.index(stop) + 1] if stops else row.token_ids
         assert generation.token_ids == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.8}])
+def test_drawn_tokens_are_those_of_the_distribution_and_of_the_seed_alone(engine: HFTargetEngine, options: dict):
+    prompts = [prompt(6), prompt(9, 1)]
+    wanted = Generate(8, temperature=0.8, seed=5, **options)
+    together = engine.generate(prompts, wanted)
+    assert together == [engine.generate([ids], wanted)[0] for ids in prompts]
+    assert together != engine.generate(prompts, replace(wanted, seed=6))
+    for ids, generation in zip(prompts, together, strict=True):
+        generator = torch.Generator().manual_seed(5)
+        sampling = Sampling(0.8, generator, options.get("top_k"), options.get("top_p"))
+        tokens = list(ids)
+        for token in generation.token_ids:
+            last = captured(engine, tuple(tokens))["last"][-1]
+            assert token == draw(distribution(target_logits(engine.tables, last), sampling), generator)
+            tokens.append(token)
+
+
+def test_a_temperature_of_nothing_is_greedy(engine: HFTargetEngine):
+    prompts = [prompt(6), prompt(9, 1)]
+    assert engine.generate(prompts, Generate(8, temperature=1e-6, top_k=3, seed=1)) == engine.generate(
+        prompts, Generate(8)
+    )
+
+
 def test_nothing_is_generated_where_nothing_is_asked(engine: HFTargetEngine):
-    assert engine.generate([], 5) == []
-    assert engine.generate([prompt(3)], 0)[0].token_ids == ()
+    assert engine.generate([], Generate(5)) == []
+    assert engine.generate([prompt(3)], Generate(0))[0].token_ids == ()
 
 
 def test_reference_logits_are_computed_in_float64_throughout(engine: HFTargetEngine):

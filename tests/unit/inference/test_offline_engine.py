@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from specforge.contracts.capture import CaptureSpec
+from specforge.contracts.capture_server import Generate
 from specforge.contracts.refs import SampleRef
 from specforge.contracts.tasks import PromptTask
 from specforge.control_plane.base import CommitReply, Lease, LeaseReply
@@ -100,7 +101,7 @@ def test_a_damaged_file_is_the_failure_of_its_sample_and_a_lost_mount_that_of_th
 
 def test_it_cannot_generate(reader):
     with pytest.raises(EngineError, match=r"data\.features has no target"):
-        reader.generate([[1]], 2)
+        reader.generate([[1]], Generate(2))
 
 
 class Control:

@@ -1,4 +1,5 @@
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -7,15 +8,17 @@ import torch
 from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.refs import SampleRef
 from specforge.contracts.tasks import PromptTask
-from specforge.control_plane.base import CommitReply, Lease, LeaseReply
+from specforge.control_plane.base import CommitReply, Lease, LeaseReply, Recorded
 from specforge.data_plane.base import PutRequest, StoredFeatures
 from specforge.data_plane.local import LocalFeatureStore
 from specforge.data_plane.tensors import Columns, materialised
-from specforge.errors import ControlPlaneError, EngineError, FeatureStoreError, FeatureStoreFull
+from specforge.errors import ControlPlaneError, EngineError, FeatureStoreError, FeatureStoreFull, StaleGeneration
 from specforge.faults import FAULT_POINTS, arm, disarm
-from specforge.inference.engine import CapturedSample
+from specforge.inference.engine import CapturedSample, Generation
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.rollout import RolloutSettings, RolloutWorker
+from specforge.prompts.config import GenerateOptions
+from specforge.prompts.responses import ResponseOptions
 
 SPEC = CaptureSpec((0, 2), True)
 
@@ -24,7 +27,11 @@ class RecordingControl:
     """Leases a fixed list of tasks once, accepts commits of the samples that are not in ``stale``."""
 
     def __init__(self, tasks: Sequence[PromptTask], duration_s: float = 60.0, stale: Sequence[str] = ()) -> None:
+        self.tasks = list(tasks)
         self.waiting = list(tasks)
+        self.recorded: dict[str, tuple[int, ...]] = {}
+        self.offered: dict[str, tuple[int, ...]] = {}
+        self.over: set[str] = set()
         self.duration_s = duration_s
         self.stale = set(stale)
         self.committed: list[SampleRef] = []
@@ -39,6 +46,14 @@ class RecordingControl:
     def commit(self, refs: Sequence[SampleRef]) -> CommitReply:
         self.committed += [ref for ref in refs if ref.sample_id not in self.stale]
         return CommitReply(tuple(ref.sample_id not in self.stale for ref in refs))
+
+    def record(self, worker_id: str, sample_id: str, generation: int, response_ids: Sequence[int]) -> Recorded:
+        if sample_id in self.over:
+            raise StaleGeneration("over")
+        self.offered[sample_id] = tuple(response_ids)
+        task = next(task for task in self.tasks if task.sample_id == sample_id)
+        answered = task.answered(self.recorded.setdefault(sample_id, tuple(response_ids)))
+        return Recorded(answered.input_ids, answered.loss_spans)
 
     def fail(self, worker_id: str, sample_id: str, generation: int, reason: str) -> None:
         self.failed[sample_id] = reason
@@ -263,15 +278,109 @@ def test_a_worker_that_leaves_does_not_wait_for_a_control_plane_that_is_away(eng
     answer.set()
 
 
+def prompts(count: int) -> list[PromptTask]:
+    return [PromptTask(f"s{i}", i, tuple(range(3, 8 + i)), (), num_to_generate=6) for i in range(count)]
+
+
+def answering(**changes: object) -> RolloutSettings:
+    options = GenerateOptions(max_new_tokens=6, **changes)
+    return settings(responses=ResponseOptions(options, seed=11))
+
+
 def test_a_worker_passes_its_fault_points_in_the_order_of_the_life_of_a_sample(engine: HFTargetEngine):
     passed: list[str] = []
     names = [name for name in FAULT_POINTS if name.startswith("worker.")]
     try:
         for name in names:
             arm(name, lambda name=name: passed.append(name))
-        RolloutWorker(RecordingControl(tasks(1)), engine, LocalFeatureStore(), settings()).run()
+        RolloutWorker(RecordingControl(prompts(1)), engine, LocalFeatureStore(), answering()).run()
     finally:
         disarm()
     assert passed == names
-    RolloutWorker(RecordingControl(tasks(1)), engine, LocalFeatureStore(), settings()).run()
+    RolloutWorker(RecordingControl(prompts(1)), engine, LocalFeatureStore(), answering()).run()
     assert passed == names
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_prompt_is_answered_recorded_and_captured_with_its_response(engine: HFTargetEngine, temperature):
+    control, store = RecordingControl(prompts(3)), LocalFeatureStore()
+    options = answering(temperature=temperature)
+    RolloutWorker(control, engine, store, options).run()
+    assert [ref.sample_id for ref in control.committed] == ["s0", "s1", "s2"]
+    for task, ref in zip(prompts(3), control.committed, strict=True):
+        (alone,) = engine.generate([task.input_ids], options.responses.of(task))
+        full = task.answered(alone.token_ids)
+        assert control.recorded[task.sample_id] == alone.token_ids != ()
+        assert (ref.num_tokens, ref.loss_spans) == (full.num_tokens, full.loss_spans)
+        ((stored, handle),) = store.get([ref])
+        (expected,) = engine.capture([full], SPEC)
+        assert all(torch.equal(stored[name], materialised(source)) for name, source in expected.tensors.items())
+        store.release([handle])
+    assert not control.failed
+
+
+def test_what_was_recorded_first_is_captured(engine: HFTargetEngine):
+    control, store = RecordingControl(prompts(1)), LocalFeatureStore()
+    control.recorded["s0"] = (9, 9, 9)
+    RolloutWorker(control, engine, store, answering()).run()
+    assert control.offered["s0"] != (9, 9, 9)
+    (ref,) = control.committed
+    ((stored, handle),) = store.get([ref])
+    assert stored["input_ids"].tolist() == [3, 4, 5, 6, 7, 9, 9, 9]
+    assert ref.loss_spans == ((5, 8),)
+    store.release([handle])
+
+
+def test_a_lease_that_ended_before_its_response_was_recorded_is_dropped(engine: HFTargetEngine):
+    control, store = RecordingControl(prompts(3)), LocalFeatureStore()
+    control.over = {"s1"}
+    RolloutWorker(control, engine, store, answering()).run()
+    assert [ref.sample_id for ref in control.committed] == ["s0", "s2"]
+    assert store.health().num_samples == 2
+    assert not control.failed
+    assert not control.left
+
+
+def test_a_prompt_that_cannot_be_answered_fails_alone(engine: HFTargetEngine):
+    bad = PromptTask("bad", 9, (3, 1000), (), num_to_generate=4)
+    control = RecordingControl([bad, *prompts(1)])
+    RolloutWorker(control, engine, LocalFeatureStore(), answering()).run()
+    assert [ref.sample_id for ref in control.committed] == ["s0"]
+    assert "token id 1000" in control.failed["bad"]
+
+
+class SlowlyAnswering:
+    """The real engine, whose answers wait until the control plane has heard of the worker several times."""
+
+    def __init__(self, engine: HFTargetEngine, control: RecordingControl) -> None:
+        self.info, self.capture = engine.info, engine.capture
+        self._engine, self._control = engine, control
+
+    def generate(self, prompts, options):
+        deadline = time.monotonic() + 60
+        while self._control.num_heartbeats < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self._engine.generate(prompts, options)
+
+
+def test_a_worker_that_writes_a_long_response_gives_signs_of_life(engine: HFTargetEngine):
+    control = RecordingControl(prompts(1), duration_s=0.03)
+    RolloutWorker(control, SlowlyAnswering(engine, control), LocalFeatureStore(), answering()).run()
+    assert control.num_heartbeats >= 3
+    assert len(control.committed) == 1
+
+
+class Silent:
+    """The real engine, which has nothing to say."""
+
+    def __init__(self, engine: HFTargetEngine) -> None:
+        self.info, self.capture = engine.info, engine.capture
+
+    def generate(self, prompts, options):
+        return [Generation((), True) for _ in prompts]
+
+
+def test_a_response_without_a_token_is_a_sample_without_supervised_tokens(engine: HFTargetEngine):
+    control = RecordingControl(prompts(2))
+    RolloutWorker(control, Silent(engine), LocalFeatureStore(), answering()).run()
+    assert [(ref.num_tokens, ref.loss_spans) for ref in control.committed] == [(5, ()), (6, ())]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from specforge.contracts.capture import TargetInfo
 from specforge.contracts.codec import dumps, loads
 from specforge.errors import TargetError
-from specforge.inference import target as target_module
+from specforge.inference.plugins import target_files
 from specforge.inference.target import load_tokenizer, read_target_info
 
 TargetDir = Callable[[str], Path]
@@ -115,8 +115,8 @@ def test_revision_depends_on_content_not_on_place(target_dir: TargetDir, tmp_pat
 def test_revision_of_large_files_samples_their_content(
     target_dir: TargetDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(target_module, "FULL_HASH_BYTES", 0)
-    monkeypatch.setattr(target_module, "HASH_SAMPLE_BYTES", 4096)
+    monkeypatch.setattr(target_files, "FULL_HASH_BYTES", 0)
+    monkeypatch.setattr(target_files, "HASH_SAMPLE_BYTES", 4096)
     directory = copied(target_dir("qwen3"), tmp_path)
     before = read_target_info(directory).revision
     assert read_target_info(directory).revision == before

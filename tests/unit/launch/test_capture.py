@@ -49,9 +49,10 @@ def failing(sample_index: int, error: Exception) -> type[HFTargetEngine]:
 
     class Failing(HFTargetEngine):
         def capture(self, tasks: Sequence[PromptTask], spec: CaptureSpec) -> Iterator[CapturedSample]:
-            if any(task.index == sample_index for task in tasks):
-                raise error
-            return super().capture(tasks, spec)
+            for task in tasks:
+                if task.index == sample_index:
+                    raise error
+                yield from super().capture([task], spec)
 
     return Failing
 
@@ -93,8 +94,8 @@ def test_a_share_of_failures_can_be_tolerated(run, tmp_path, monkeypatch):
 def test_damaged_features_are_a_failure(run, tmp_path, monkeypatch):
     class Damaging(HFTargetEngine):
         def capture(self, tasks: Sequence[PromptTask], spec: CaptureSpec) -> Iterator[CapturedSample]:
-            for sample in super().capture(tasks, spec):
-                if tasks[0].index == 3:
+            for task, sample in zip(tasks, super().capture(tasks, spec), strict=True):
+                if task.index == 3:
                     self._damage(sample)
                 yield sample
 

@@ -61,6 +61,9 @@ def test_bad_line_is_one_sentence(line, sentence):
         ({"input_ids": [1, 2], "loss_spans": [[1, 3]]}, "within the 2 tokens"),
         ({"input_ids": [1, 2], "loss_spans": [[1, 2], [0, 1]]}, "ascending"),
         ({"input_ids": [1, 2], "loss_spans": [], "attributes": {"a": 1}}, "object of texts"),
+        ({"input_ids": [1, 2], "loss_spans": [], "sample_id": "../a"}, '"sample_id" should be 1 to 128'),
+        ({"input_ids": [1, 2], "loss_spans": [], "sample_id": ""}, '"sample_id" should be 1 to 128'),
+        ({"input_ids": [1, 2], "loss_spans": [], "sample_id": 7}, '"sample_id" should be 1 to 128'),
     ],
 )
 def test_recorded_tokens_that_contradict_themselves_are_refused(row, sentence):

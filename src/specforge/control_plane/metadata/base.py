@@ -167,6 +167,22 @@ class MetadataStore(Protocol):
         """The prompt index of a sample; ``None`` if unknown, or from a store that keeps no history."""
         ...
 
+    # Responses
+
+    def record(self, index: int, response: Sequence[int]) -> tuple[int, ...]:
+        """The target's response to a prompt, once: answers with the one that was recorded first, which nothing changes
+        or forgets, ``rewind`` included.
+        """
+        ...
+
+    def responses_at(self, indices: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        """Prompt index -> response, of those of ``indices`` that have one."""
+        ...
+
+    def response_lengths(self) -> Iterator[tuple[int, int]]:
+        """(prompt index, tokens) of every response, read in parts."""
+        ...
+
     # Samples
 
     def lease(self, indices: Sequence[int], worker_id: str) -> list[int]:

@@ -26,7 +26,7 @@ def check_order_key(bound: str | None, order_key: str) -> None:
     if bound not in {None, order_key}:
         raise ConfigError(
             f"this run was started with the sample order ({bound}), got ({order_key}); "
-            "resume with the same seed and prompts, or start a new run in an empty directory"
+            "resume with the same seed, prompts and data.generate, or start a new run in an empty directory"
         )
 
 

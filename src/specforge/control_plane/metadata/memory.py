@@ -78,6 +78,7 @@ class InMemoryMetadataStore:
         self._slots: dict[int, SlotRow] = {}
         self._quarantines: dict[tuple[int, int], Quarantine] = {}
         """By sample and first slot."""
+        self._responses: dict[int, tuple[int, ...]] = {}
         self._order_key: str | None = None
         self._durable_step = 0
 
@@ -124,6 +125,21 @@ class InMemoryMetadataStore:
 
     def find(self, sample_id: str) -> int | None:
         return self._index_of.get(sample_id)
+
+    # Responses
+
+    def record(self, index: int, response: Sequence[int]) -> tuple[int, ...]:
+        with self._lock:
+            self._check_known(index)
+            return self._responses.setdefault(index, tuple(response))
+
+    def responses_at(self, indices: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        with self._lock:
+            return {index: self._responses[index] for index in indices if index in self._responses}
+
+    def response_lengths(self) -> Iterator[tuple[int, int]]:
+        with self._lock:
+            return iter([(index, len(response)) for index, response in sorted(self._responses.items())])
 
     # Samples
 

@@ -24,7 +24,8 @@ class NoOpMetadataStore(InMemoryMetadataStore):
     """Forgets a sample when its features are released and a slot when it is acked.
 
     Five bytes a sample stay, whatever the length of the run: its last generation, which must never be used twice,
-    and whether it was trained; of the slots the ranges that were trained. Samples that failed or crashed are kept.
+    and whether it was trained; of the slots the ranges that were trained. Samples that failed or crashed are kept,
+    and every response.
     ``slot_state`` of a durable slot is TRAINED: which step trained it is forgotten.
     """
 

@@ -14,6 +14,7 @@
 | QUARANTINED has an open quarantine           | ``CHECK`` and foreign key of ``samples.quarantined_from``,      |
 |                                              | triggers ``quarantine_is_open``, ``quarantine_stays_open``      |
 | a sample id once                             | ``UNIQUE (sample_id)``                                          |
+| a response once, as it was recorded          | primary key of ``responses``, trigger ``responses_stay``        |
 
 What moves with every sample is in ``live``, which is as small as the run's window. Rows of ``samples``, which
 lie all over the file in the order of a shuffled run, are changed once a lease.
@@ -40,7 +41,7 @@ from sqlalchemy import (
 
 from specforge.control_plane.metadata.base import SampleState
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 SlotNumber = BigInteger().with_variant(Integer, "sqlite")
 """SQLite's INTEGER has 64 bits and, as a primary key, is the row's own address."""
@@ -69,6 +70,16 @@ tasks = Table(
     CheckConstraint("idx >= 0", name="index_from_zero"),
 )
 """``body`` is the codec's JSON of the PromptTask."""
+
+responses = Table(
+    "responses",
+    metadata,
+    Column("idx", Integer, ForeignKey("tasks.idx"), primary_key=True, autoincrement=False),
+    Column("num_tokens", Integer, nullable=False),
+    Column("body", Text, nullable=False),
+    CheckConstraint("num_tokens >= 0", name="length_from_zero"),
+)
+"""What the target answered to a prompt. ``body`` is a JSON list of ``num_tokens`` token ids."""
 
 quarantines = Table(
     "quarantines",
@@ -150,6 +161,11 @@ _TRIGGERS: dict[str, tuple[str, str, str]] = {
             " AND NEW.state = 'pending' AND NEW.num_failures = 0))"
         ),
         "attempts only grow",
+    ),
+    "responses_stay": (
+        "BEFORE UPDATE ON responses",
+        "1 = 1",
+        "a recorded response stays as it is",
     ),
     "live_is_the_last": (
         "BEFORE INSERT ON live",

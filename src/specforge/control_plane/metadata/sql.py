@@ -7,6 +7,7 @@ The SQL is in ``statements``, the invariants are in ``schema``; ``database`` is 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -169,6 +170,32 @@ class SqlMetadataStore:
     def find(self, sample_id: str) -> int | None:
         found: int | None = self._scalar(sql.FIND, sample_id=sample_id)
         return found
+
+    # Responses
+
+    @_writes
+    def record(self, index: int, response: Sequence[int]) -> tuple[int, ...]:
+        body = json.dumps(list(response), separators=(",", ":"))
+        self._execute(sql.RECORD, [{"at_idx": index, "to_num_tokens": len(response), "to_body": body}])
+        found = self.responses_at([index])
+        if index not in found:
+            raise unknown_sample(index, self.num_tasks())
+        return found[index]
+
+    @_reads
+    def responses_at(self, indices: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        return {row.idx: tuple(json.loads(row.body)) for row in self._at(sql.RESPONSES_AT, indices)}
+
+    def response_lengths(self) -> Iterator[tuple[int, int]]:
+        first = 0
+        while found := self._lengths_from(first):
+            yield from found
+            first = found[-1][0] + 1
+
+    @_reads
+    def _lengths_from(self, first: int) -> list[tuple[int, int]]:
+        rows = self._connection.execute(sql.RESPONSE_LENGTHS, {"first": first})
+        return [(row.idx, row.num_tokens) for row in rows]
 
     # Samples
 

@@ -6,7 +6,17 @@ import sqlalchemy as sa
 from sqlalchemy import bindparam, func, literal_column, select
 
 from specforge.control_plane.metadata.base import SampleState
-from specforge.control_plane.metadata.schema import SlotNumber, acks, live, quarantines, run, samples, slots, tasks
+from specforge.control_plane.metadata.schema import (
+    SlotNumber,
+    acks,
+    live,
+    quarantines,
+    responses,
+    run,
+    samples,
+    slots,
+    tasks,
+)
 
 CHUNK = 1000
 """Rows a statement where a call has no natural bound."""
@@ -114,6 +124,13 @@ SET_FACT = run.insert().values(key=bindparam("at_key"), value=bindparam("to_valu
 SIGN = run.update().where(run.c.key == literal_column("'last_transaction'")).values(value=bindparam("to_value"))
 
 ENTER_TASK = tasks.insert().values(idx=_AT, sample_id=bindparam("at_sample_id"), body=bindparam("to_body"))
+# The SELECT gives no row where there is a response already.
+RECORD = responses.insert().from_select(
+    ["idx", "num_tokens", "body"],
+    select(tasks.c.idx, sa.cast(bindparam("to_num_tokens"), sa.Integer), sa.cast(bindparam("to_body"), sa.Text)).where(
+        tasks.c.idx == _AT, ~sa.exists().where(responses.c.idx == tasks.c.idx)
+    ),
+)
 ENTER_SAMPLE = samples.insert().values(idx=_AT, state=_PENDING)
 
 # Rewind
@@ -128,6 +145,13 @@ STOP = live.delete().where(live.c.idx == _AT)
 
 TASKS_FROM = select(tasks.c.body).where(tasks.c.idx >= bindparam("first")).order_by(tasks.c.idx).limit(CHUNK)
 TASKS_AT = select(tasks.c.idx, tasks.c.body).where(tasks.c.idx.in_(_INDICES))
+RESPONSES_AT = select(responses.c.idx, responses.c.body).where(responses.c.idx.in_(_INDICES))
+RESPONSE_LENGTHS = (
+    select(responses.c.idx, responses.c.num_tokens)
+    .where(responses.c.idx >= bindparam("first"))
+    .order_by(responses.c.idx)
+    .limit(CHUNK)
+)
 NUM_TASKS = select(func.coalesce(func.max(tasks.c.idx), -1) + 1)
 FIND = select(tasks.c.idx).where(tasks.c.sample_id == bindparam("sample_id"))
 FACT = select(run.c.value).where(run.c.key == bindparam("key"))

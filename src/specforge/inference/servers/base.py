@@ -120,6 +120,26 @@ def verify_capture(url: str, request: CaptureRequest, captured: Captured, target
             _verify_item(url, item, got, request, target)
 
 
+def verify_responses(url: str, request: GenerateRequest, reply: GenerateReply, target: TargetInfo) -> None:
+    """Raise unless there is one response a prompt, of the run's target; errors as :func:`verify_capture` has them."""
+    if reply.target_revision != target.revision:
+        raise ServerRefused(
+            f"the capture server {url} answered prompts with another target (revision {reply.target_revision:.16}, the "
+            f"run's is {target.revision:.16}); start it with the run's target"
+        )
+    if len(reply.items) != len(request.prompts):
+        raise ServerUnavailable(
+            f"the capture server {url} answered {len(request.prompts)} prompts with {len(reply.items)} responses"
+        )
+    most = request.generate.max_new_tokens
+    for item in reply.items:
+        if len(item.token_ids) > most or not all(0 <= token < target.vocab_size for token in item.token_ids):
+            raise ServerUnavailable(
+                f"the capture server {url} answered a prompt with {len(item.token_ids)} tokens, of ids up to "
+                f"{max(item.token_ids)}; expected at most {most}, of ids below {target.vocab_size}"
+            )
+
+
 def expected_features(spec: CaptureSpec, hidden_size: int, num_tokens: int) -> tuple[tuple[FeatureSpec, ...], int]:
     """Layout and bytes of the features of ``num_tokens`` tokens."""
     widths = [(name, dtype, (num_tokens, width)) for name, dtype, width in spec.widths(hidden_size)]
