@@ -4,12 +4,13 @@ VENV := .venv
 ARENA_MINUTES ?= 30
 BIN := $(VENV)/bin
 ENGINES := .venv-engines
+SGLANG := .venv-sglang
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One compute thread a process: with two, and the other core busy, training runs several times slower.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo check format test test-full test-engines coverage golden bench chaos docs tiny-target clean
+.PHONY: help install dev demo check format test test-full test-engines test-sglang coverage golden bench chaos docs tiny-target clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -63,6 +64,17 @@ $(ENGINES)/.vllm: constraints-engines.txt
 	$(ENGINES)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement constraints-engines.txt
 	@touch $@
 
+test-sglang: $(VENV)/.dev $(SGLANG)/.sglang ## capture in a real SGLang, in an environment of its own
+	SPECFORGE_SGLANG_PYTHON=$(CURDIR)/$(SGLANG)/bin/python $(BIN)/python -m pytest -m full tests/live_sglang $(ARGS)
+
+# Kernels that exist for CUDA alone are stubs here, see tests/engines/sglang_shims. Our plug-in is found by its entry point.
+$(SGLANG)/.sglang: constraints-sglang.txt pyproject.toml
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip --disable-pip-version-check install --quiet "$$(grep '^torch==' constraints-sglang.txt)"
+	$(SGLANG)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement constraints-sglang.txt
+	$(SGLANG)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
+	@touch $@
+
 coverage: $(VENV)/.dev ## lines and branches that the unit tests reach
 	$(BIN)/python -m pytest tests/unit --cov --cov-report=term $(ARGS)
 
@@ -83,4 +95,4 @@ tiny-target: $(VENV)/.core ## retrain the demo's target from scratch (about an h
 	$(BIN)/python -m specforge.demo.target $(or $(OUT),src/specforge/demo/target_model)
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) $(ENGINES) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
+	rm -rf $(VENV) $(ENGINES) $(SGLANG) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
