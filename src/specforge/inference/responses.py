@@ -103,7 +103,7 @@ def record_responses(
     batches = [tasks[start : start + batch_size] for start in range(done, len(tasks), batch_size)]
     with path.open("ab") as file, contextlib.closing(_in_order(engine, batches, options, num_at_once)) as found:
         for batch in found:
-            file.write(recorded_lines(batch))
+            file.write(recorded_lines(batch, keep_ids=True))
             file.flush()
             os.fsync(file.fileno())
             done += len(batch)

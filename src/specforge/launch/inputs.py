@@ -58,6 +58,11 @@ class RunInputs:
         return ResponseOptions.of_run(self.config.data.generate, self.config.seed)
 
     @property
+    def written_by(self) -> dict[str, Any] | None:
+        """Everything that responses depend on besides prompts and target; ``None`` where there are none to write."""
+        return None if self.responses is None else {**self.responses.identity(), **writer_of(self.config)}
+
+    @property
     def pace(self) -> Pace:
         """How fast the draft learns: what the run says, else what the algorithm recommends."""
         chosen = {name: getattr(self.config.training, name) for name in asdict(self.algorithm.recommended)}
@@ -79,7 +84,7 @@ class RunInputs:
             "aux_layers": list(self.spec.aux_layers),
             "tokenizer_sha256": tokenizer_sha256(Path(self.target.path)),
             "data_sha256": tasks_sha256(self.tasks),
-            **({} if self.responses is None else {"generate": self.responses.identity()}),
+            **({} if self.written_by is None else {"generate": self.written_by}),
             "shuffle": self.config.control_plane.shuffle,
             "order": self.config.control_plane.order,
             "total_steps": self.plan.total_steps,
@@ -92,6 +97,14 @@ class RunInputs:
             ),
             **asdict(self.pace),
         }  # fmt: skip
+
+
+def writer_of(config: RunConfig) -> dict[str, str]:
+    """Who writes responses: numerics differ between engines, and at near-ties the tokens with them."""
+    if config.target.servers is not None:
+        return {"engine": config.target.servers.dialect}
+    device = resolve_device(config.target.device)
+    return {"engine": "local", "dtype": str(resolve_dtype(config.target.dtype, device)).removeprefix("torch.")}
 
 
 def read_target_inputs(config: RunConfig) -> TargetInputs:

@@ -24,9 +24,8 @@ from specforge.launch.inputs import (
     check_vocabulary,
     read_target_inputs,
     read_tasks,
-    resolve_device,
-    resolve_dtype,
     tasks_sha256,
+    writer_of,
 )
 from specforge.launch.lock import run_lock
 from specforge.monitor.console import progress
@@ -52,9 +51,8 @@ def regenerate(config: RunConfig, to: Path, batch_size: int = 1) -> dict[str, An
     origin = {
         "data_sha256": tasks_sha256(tasks),
         "num_samples": len(tasks),
-        "generate": options.identity(),
+        "generate": {**options.identity(), **writer_of(config)},
         "target_revision": inputs.target.revision,
-        "target_dtype": str(resolve_dtype(config.target.dtype, resolve_device(config.target.device))),
         "batch_size": batch_size,
     }
     responses = Responses(to, origin)
@@ -85,8 +83,11 @@ class Responses:
     def held(self) -> Iterator[None]:
         """No other process writes meanwhile. Of a file that is whole nothing but the file is left behind."""
         with run_lock(self._partial):
-            yield
-            shutil.rmtree(self._partial)
+            try:
+                yield
+            finally:
+                if self._path.exists():
+                    shutil.rmtree(self._partial, ignore_errors=True)  # who waited for the lock may have been faster
 
     def record(self, tasks: list[PromptTask], ask: Asking, make: Callable[[], Generates]) -> int:
         """Write what is missing; how many responses were there before. ``make`` is called where one is missing."""

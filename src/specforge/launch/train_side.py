@@ -350,9 +350,9 @@ def controller_settings(inputs: RunInputs) -> ControllerSettings:
 
 def _made_by(inputs: RunInputs) -> str:
     """Everything that the responses of a run depend on besides its prompts; empty where there are none."""
-    if inputs.responses is None:
+    if inputs.written_by is None:
         return ""
-    return json.dumps({**inputs.responses.identity(), "target_revision": inputs.target.revision}, sort_keys=True)
+    return json.dumps({**inputs.written_by, "target_revision": inputs.target.revision}, sort_keys=True)
 
 
 def loader_settings(inputs: RunInputs, position: TrainPosition, ranks: Ranks | None = None) -> LoaderSettings:

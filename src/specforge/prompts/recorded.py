@@ -12,17 +12,19 @@ from specforge.prompts.sources import numbered_lines, parse_line
 from specforge.prompts.tasks import check_sample_ids, make_task
 
 
-def recorded_lines(tasks: Iterable[PromptTask]) -> bytes:
+def recorded_lines(tasks: Iterable[PromptTask], *, keep_ids: bool = False) -> bytes:
     """JSONL in the ``tokens`` format of ``data.format``, one line a task; equal tasks give equal bytes.
 
-    A row has a ``sample_id`` where it would be given another one when it is read; a task without one is given one then.
+    A row has a ``sample_id`` where it would be given another one when it is read, or where ``keep_ids`` says so; a task
+    without one is given one then.
     """
     lines = []
     for task in tasks:
         row: dict[str, object] = {"input_ids": task.input_ids, "loss_spans": task.loss_spans}
         if task.attributes:
             row["attributes"] = task.attributes
-        if task.sample_id and task.sample_id != make_task(task.index, task.input_ids, task.loss_spans).sample_id:
+        own = make_task(task.index, task.input_ids, task.loss_spans).sample_id
+        if task.sample_id and (keep_ids or task.sample_id != own):
             row["sample_id"] = task.sample_id
         lines.append(json.dumps(row, separators=(",", ":"), sort_keys=True))
     return "".join(line + "\n" for line in lines).encode()

@@ -74,12 +74,14 @@ def read_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
         cut = encoded if is_prompt else _truncated(encoded, config.max_length)
         num_to_generate = _longest_response(config, len(cut.input_ids)) if is_prompt else 0
         num_loss = num_to_generate or sum(end - start for start, end in cut.loss_spans)
-        if len(cut.input_ids) + num_to_generate < 2 or num_loss < config.min_loss_tokens:
+        given = sample.tokens
+        attributes, name = ({}, None) if given is None else (given.attributes, given.sample_id)
+        # A row with a name was chosen when it was recorded, and its run trains it, however short the response.
+        is_short = len(cut.input_ids) + num_to_generate < 2 or num_loss < config.min_loss_tokens
+        if is_short and name is None:
             num_without_loss += 1
             continue
         num_truncated += cut is not encoded
-        given = sample.tokens
-        attributes, name = ({}, None) if given is None else (given.attributes, given.sample_id)
         task = make_task(len(tasks), cut.input_ids, cut.loss_spans, attributes, name)
         tasks.append(replace(task, num_to_generate=num_to_generate) if num_to_generate else task)
         if len(tasks) == config.limit:

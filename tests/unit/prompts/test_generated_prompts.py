@@ -1,6 +1,7 @@
 """Prompts that the target is to answer, of every kind of row."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -133,3 +134,16 @@ def test_a_regenerated_row_keeps_the_name_of_its_prompt(tmp_path, tokenizer):
     for read in (read_recorded, lambda file: read_prompts(DataConfig(path=file), tokenizer)):
         with pytest.raises(DataError, match="given to two rows"):
             read(path)
+
+
+def test_short_responses_are_read_as_the_run_that_made_them_trained_them(tmp_path, tokenizer):
+    """A run trains every response, of whatever length: so does a run that reads the file."""
+    prompts = [make_task(number, (5, number + 6), ()) for number in range(4)]
+    answers = ((9,), (), tuple(range(9, 15)), (8, 9))
+    tasks = [replace(prompt, num_to_generate=8).answered(ids) for prompt, ids in zip(prompts, answers, strict=True)]
+    path = tmp_path / "responses.jsonl"
+    path.write_bytes(recorded_lines(tasks, keep_ids=True))
+    assert read_prompts(DataConfig(path=path, min_loss_tokens=4), tokenizer).tasks == tasks
+    path.write_bytes(recorded_lines([replace(task, sample_id="") for task in tasks]))
+    (long,) = read_prompts(DataConfig(path=path, min_loss_tokens=4), tokenizer).tasks
+    assert long.input_ids == tasks[2].input_ids
