@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
+import subprocess
 import time
 import urllib.request
 import uuid
@@ -19,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm_server import RunningVllm, vllm_server
+from vllm_server import ENVIRONMENT, PYTHON, RunningVllm, vllm_server
 
 from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.capture_server import (
@@ -368,8 +370,8 @@ def test_what_cannot_be_served_is_refused_and_the_engine_survives(
 ):
     prompt, memory = prompts[4], shared_memory()
     refused = [
-        (request_of([prompt], memory, CaptureSpec((2,), True)), "layers \\[2\\] are not extracted"),
-        (request_of([prompt], memory, CaptureSpec((99,), False)), "layers \\[99\\] are not extracted"),
+        (request_of([prompt], memory, CaptureSpec((2,), True)), "layers \\[2\\] are not captured"),
+        (request_of([prompt], memory, CaptureSpec((99,), False)), "layers \\[99\\] are not captured"),
         (request_of([prompt], memory, revision="another"), "another target"),
         (request_of([prompt], memory, CaptureSpec((), False)), "no hidden state"),
         (request_of([prompt], SharedMemorySink("run", 1 << 60, 8)), "max_feature_bytes"),
@@ -498,3 +500,11 @@ def test_hidden_states_that_were_not_written_are_refused_until_they_are(
         server.close()
     print(f"{refused} captures were refused")
     assert refused > 0
+
+
+def test_what_the_connector_keeps_account_of():
+    script = Path(__file__).parent / "connector_parts.py"
+    done = subprocess.run(
+        [PYTHON, script], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

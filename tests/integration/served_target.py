@@ -8,8 +8,10 @@ import torch
 from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.capture_server import CaptureItem, CaptureRequest, InlineSink, SharedMemorySink
 from specforge.contracts.tasks import PromptTask
+from specforge.data_plane.shared_memory import SharedMemoryFeatureStore
 from specforge.data_plane.tensors import materialised
 from specforge.inference.huggingface import HFTargetEngine
+from specforge.inference.serving.jobs import when_all
 
 SPEC = CaptureSpec((0, 2), True)
 WAIT_S = 60.0
@@ -30,10 +32,10 @@ class HeldEngine(HFTargetEngine):
         self._hold()
         return super().capture_together(tasks, spec)
 
-    def generate(self, prompts, options):
+    def generate(self, prompts, options, between=lambda: None):
         self.prompts.append(list(prompts))
         self._hold()
-        return super().generate(prompts, options)
+        return super().generate(prompts, options, between)
 
     @contextlib.contextmanager
     def held(self):
@@ -81,3 +83,22 @@ def same_bits(got, expected):
 
 def _raw(tensor):
     return tensor.contiguous().view(torch.uint8).numpy()
+
+
+def list_of(sink):
+    """What is readable of the run, in the arenas that are there."""
+    with contextlib.closing(SharedMemoryFeatureStore.attach(sink.run_id)) as store:
+        return store.stored()
+
+
+def done(service, ticket):
+    """The reply and the inline features."""
+    when_all(ticket.jobs).result(WAIT_S)
+    try:
+        return service.captured(ticket)
+    finally:
+        service.release(ticket)
+
+
+def captured(service, asked):
+    return done(service, service.capture(asked))

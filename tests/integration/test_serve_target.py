@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import select
 import socket
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import httpx
 import hypothesis
@@ -30,11 +32,13 @@ from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.capture_server import CloseSink, Generate, GenerateRequest
 from specforge.contracts.refs import SampleRef
 from specforge.contracts.tasks import PromptTask
+from specforge.control_plane import gate
 from specforge.data_plane.shared_memory import SharedMemoryFeatureStore
 from specforge.errors import ConfigError, ServerRefused, ServerUnavailable
 from specforge.inference.config import TargetConfig
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.servers.specforge import SpecforgeServer
+from specforge.inference.serving.jobs import Refused
 from specforge.inference.serving.server import TargetServer
 from specforge.inference.serving.settings import ServingSettings
 from specforge.launch.serve_target import ServeOptions, open_server
@@ -203,6 +207,91 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused(serve, num_bytes, statu
             said += part
     assert said.startswith(f"HTTP/1.1 {status} ".encode())
     assert wire.REFUSAL.read(said.split(b"\r\n\r\n", 1)[1]).what == what
+
+
+def talk(server, *lines):
+    """The answer to a request of which only the head, and no body, is sent."""
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+        client.settimeout(WAIT_S)
+        client.sendall("\r\n".join([*lines, "Host: x", "Connection: close", "", ""]).encode())
+        said = b""
+        while part := client.recv(1 << 16):
+            said += part
+    return said.partition(b"\r\n")[0].decode()
+
+
+def test_the_health_needs_no_body_and_no_token_and_nothing_else_does_without(serve):
+    server = serve()
+    announced = f"Content-Length: {1 << 40}"
+    assert "200" in talk(server, "GET /healthz HTTP/1.1", announced)
+    assert "401" in talk(server, "POST /healthz HTTP/1.1", announced)
+    assert "401" in talk(server, "POST /v1/capture HTTP/1.1", announced)
+
+
+def test_bodies_that_are_read_at_one_time_are_bounded(serve, connect, monkeypatch):
+    server = serve()
+    monkeypatch.setattr(gate, "MAX_BODIES", 20_000 / wire.MAX_BODY_BYTES)
+    port = int(server.url.rpartition(":")[2])
+    head = "\r\n".join(
+        ["POST /v1/capture HTTP/1.1", "Host: x", f"Authorization: {AUTH['Authorization']}", "Content-Length: 30000"]
+    )
+    with (
+        socket.create_connection(("127.0.0.1", port)) as first,
+        socket.create_connection(("127.0.0.1", port)) as second,
+    ):
+        for client in (first, second):
+            client.sendall(f"{head}\r\n\r\n".encode() + b" " * 15_000)
+        for client in (first, second):
+            client.settimeout(WAIT_S)
+        ready, _, _ = select.select([first, second], [], [], WAIT_S)
+        (refused,) = ready
+        assert b" 503 " in refused.recv(1 << 16).partition(b"\r\n")[0]
+    # both are gone, and what they sent is not counted any more
+    runs.wait_until(lambda: not server._gate._num_body_bytes, "the bodies to be forgotten")
+    connect(server).capture(request(item("a")), WAIT_S)
+
+
+def test_a_server_whose_engine_is_lost_says_so(serve, connect, held):
+    server = serve()
+
+    def lost(tasks, spec):
+        raise torch.AcceleratorError("device lost")
+
+    held.capture_together = lost
+    with pytest.raises(ServerUnavailable, match="device lost"):
+        connect(server).capture(request(item("a")), WAIT_S)
+    assert server.ended.wait(WAIT_S)
+    assert isinstance(server.failed, torch.AcceleratorError)
+    assert httpx.get(f"{server.url}/healthz").status_code == 503
+
+
+def test_a_response_whose_client_hung_up_is_not_finished(serve, connect, held):
+    held.info = replace(held.info, eos_token_ids=())
+    server = serve()
+    forwards = []
+
+    def long(prompts, options, between):
+        def is_refused():
+            try:
+                between()
+            except Refused:
+                return True
+            return False
+
+        def next_forward():
+            forwards.append(len(forwards))
+            if len(forwards) == 3:
+                runs.wait_until(is_refused, "the client to be gone")
+            between()
+
+        return HFTargetEngine.generate(held, prompts, options, next_forward)
+
+    held.generate = long
+    body = wire.GENERATE[0].write(GenerateRequest(((3, 4),), Generate(100)))
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/generate", content=body, headers=AUTH, timeout=0.5)
+    connect(server).capture(request(item("a")), WAIT_S)
+    assert len(forwards) == 3
 
 
 def test_another_revision_is_refused(serve, connect):

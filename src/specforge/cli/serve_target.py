@@ -77,7 +77,10 @@ def serve_target(
         str, typer.Option("--max-inline-bytes", metavar="SIZE", help="Features in answers that are on their way.")
     ] = "4GiB",
     sink_idle_s: Annotated[
-        float, typer.Option("--sink-idle-s", min=1, help="A feature store unused for so many seconds is closed.")
+        float,
+        typer.Option(
+            "--sink-idle-s", min=1, help="A feature store that is empty and unused for so many seconds is closed."
+        ),
     ] = DEFAULTS.sink_idle_s,
     advertise_host: Annotated[
         str, typer.Option("--advertise-host", help="This host's address for others, for a Mooncake Store.")

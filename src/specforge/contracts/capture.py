@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from specforge.contracts.features import FeatureSpec, layout
+
 CaptureDtype = Literal["bfloat16", "float32", "float8_e4m3fn"]
 """Number formats of captured hidden states."""
 FLOAT8 = "float8_e4m3fn"
@@ -40,6 +42,11 @@ class CaptureSpec:
                 if self.dtype == FLOAT8:
                     found.append((name + SCALE_SUFFIX, "float32", num_layers))
         return tuple(found)
+
+    def layout(self, hidden_size: int, num_tokens: int) -> tuple[tuple[FeatureSpec, ...], int]:
+        """Features of a sample of ``num_tokens`` tokens, ``input_ids`` first, and the bytes of its buffer."""
+        widths = [(name, dtype, (num_tokens, width)) for name, dtype, width in self.widths(hidden_size)]
+        return layout([("input_ids", "int32", (num_tokens,)), *widths])
 
     @property
     def fingerprint(self) -> str:

@@ -1,6 +1,7 @@
 """The gate in front of the application: what is refused before anything is parsed.
 
-A request needs the token, a body within the limits of size and time, and a server that is not stopping.
+A request needs the token, a body within the limits of size and time, and a server that is not stopping. Whether the
+server is well may be asked without any of it but the last.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from specforge.errors import ContractError, ControlPlaneError
 
 HEAD_TIMEOUT_S = 30.0
 MAX_HEAD_BYTES = 64 << 10
+MAX_BODIES = 8
+"""How many of the largest bodies there may be at one time; bodies that add up to more are refused for now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,10 @@ class Limits:
     body_timeout_s: float
 
 
-Fault = Literal["token", "slow", "large", "stopping"]
-"""Why the gate refuses: the token is missing or wrong, the body takes too long or is too large, the server stops."""
+Fault = Literal["token", "slow", "large", "full", "stopping"]
+"""Why the gate refuses: the token is missing or wrong, the body takes too long or is too large, there are too many
+bodies already, the server stops.
+"""
 Refuse = Callable[[Fault, str], Response]
 """The answer of one server to a fault, of which it is given a sentence."""
 
@@ -54,13 +59,14 @@ def refused(fault: Fault, message: str) -> Response:
     """``Refuse`` of the control plane."""
     if fault == "stopping":
         return stopping_response()
-    error = ControlPlaneError(message) if fault == "token" else ContractError(message)
-    status = {"token": 401, "slow": 408, "large": 413}[fault]
-    return error_response(error, status, close=fault == "slow")
+    error = ControlPlaneError(message) if fault in ("token", "full") else ContractError(message)
+    status = {"token": 401, "slow": 408, "large": 413, "full": 503}[fault]
+    return error_response(error, status, close=fault in ("slow", "full"))
 
 
 class Gate:
-    """An ASGI application around ``app``, which gets the whole body in one message. ``token`` None: nobody is asked.
+    """An ASGI application around ``app``, which gets the whole body in one message (and none of a question for the
+    health). ``token`` None: nobody is asked.
 
     ``name`` is the server's in sentences, ``refuse`` writes its answers to what is refused.
     """
@@ -80,32 +86,45 @@ class Gate:
         self._expected = None if token is None else f"Bearer {token}".encode()
         self._limits = limits
         self._stopping = stopping
+        self._num_body_bytes = 0
+        """Of all requests that are read or answered now."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         refusal = self._refusal(scope)
-        body = b""
-        if refusal is None:
+        if refusal is None and _asks_for_health(scope):
+            await self._app(scope, receive, send)
+        elif refusal is None:
+            await self._let_in(scope, receive, send)
+        else:
+            await refusal(scope, receive, send)
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        parts: list[bytes] = []
+        try:
             try:
                 async with asyncio.timeout(self._limits.body_timeout_s):
-                    body = await self._read(receive)
+                    refusal = await self._read(parts, receive)
             except TimeoutError:
                 refusal = self._too_slow()
             except ClientDisconnect:
                 return
-            if len(body) > self._limits.max_body_bytes:
-                refusal = self._too_large()
-        if refusal is None:
-            await self._app(scope, _after(body, receive), send)
-        else:
-            await refusal(scope, receive, send)
+            if refusal is None:
+                parts[:] = [b"".join(parts)]  # held once
+                await self._app(scope, _after(parts[0], receive), send)
+            else:
+                await refusal(scope, receive, send)
+        finally:
+            self._num_body_bytes -= sum(map(len, parts))
 
     def _refusal(self, scope: Scope) -> Response | None:
         if self._stopping.is_set():
             return self._refuse("stopping", f"the {self._name} is stopping")
+        if _asks_for_health(scope):
+            return None
         headers = dict(scope["headers"])
-        if self._expected is not None and scope["path"] != "/healthz":
+        if self._expected is not None:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 return self._refuse("token", f"the token of the {self._name} is missing or wrong")
@@ -113,19 +132,25 @@ class Gate:
             return self._too_large()
         return None
 
-    async def _read(self, receive: Receive) -> bytes:
-        """The body, as far as one part over the limit."""
-        parts: list[bytes] = []
+    async def _read(self, parts: list[bytes], receive: Receive) -> Response | None:
+        """Append the body to ``parts``, whose bytes count until they are subtracted; what it is refused with."""
+        limit = self._limits.max_body_bytes
         num_bytes = 0
-        while num_bytes <= self._limits.max_body_bytes:
+        while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             parts.append(message.get("body", b""))
             num_bytes += len(parts[-1])
+            self._num_body_bytes += len(parts[-1])
+            if num_bytes > limit:
+                return self._too_large()
+            if self._num_body_bytes > MAX_BODIES * limit:
+                return self._refuse(
+                    "full", f"the {self._name} has too many large requests already; send it again later"
+                )
             if not message.get("more_body", False):
-                break
-        return b"".join(parts)
+                return None
 
     def _too_slow(self) -> Response:
         limit_s = self._limits.body_timeout_s
@@ -134,6 +159,10 @@ class Gate:
     def _too_large(self) -> Response:
         limit = self._limits.max_body_bytes
         return self._refuse("large", f"the body of the request is larger than {limit} bytes; send smaller batches")
+
+
+def _asks_for_health(scope: Scope) -> bool:
+    return scope["path"] == "/healthz" and scope["method"] in ("GET", "HEAD")
 
 
 def _after(body: bytes, receive: Receive) -> Receive:

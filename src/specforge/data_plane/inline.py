@@ -63,6 +63,7 @@ def read_inline(body: bytes | bytearray) -> tuple[CaptureReply, list[dict[str, t
         raise CorruptFeature(f"an answer with features ends in its head, after {len(body):,} bytes")
     reply = CAPTURE[1].read(bytes(body[_LENGTH_BYTES : _LENGTH_BYTES + num_head_bytes]))
     start = aligned(_LENGTH_BYTES + num_head_bytes)
+    whole = memoryview(body)
     found: list[dict[str, torch.Tensor] | None] = []
     for item in reply.items:
         if item.failure is not None:
@@ -70,14 +71,13 @@ def read_inline(body: bytes | bytearray) -> tuple[CaptureReply, list[dict[str, t
             continue
         _check_layout(item)
         begin = start + int(item.key)
-        data = body[begin : begin + item.num_bytes]
+        data = whole[begin : begin + item.num_bytes]
         if len(data) != item.num_bytes:
             raise CorruptFeature(
                 f"sample {item.sample_id!r}: the answer has {len(data):,} of {item.num_bytes:,} bytes of its features"
             )
         own = torch.empty(item.num_bytes, dtype=torch.uint8)
-        if data:
-            own.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        own.numpy().data[:] = data
         found.append(views(own, item.features))
     return reply, found
 

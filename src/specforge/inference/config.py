@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")]
 
-ServerUrl = Annotated[str, Field(pattern=r"^https?://[^\s/@]+/?$")]
+_SERVER_URL = r"^https?://([^\s/@:?#\[\]]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?/?$"
+
+
+def server_url(text: str) -> str:
+    """``text``, if it is the address of a server; else a ``ValueError``."""
+    found = re.match(_SERVER_URL, text)
+    if found is None or text.endswith("\n") or not 1 <= int((found[2] or ":1")[1:]) <= 65535:
+        raise ValueError(f"expected an address such as http://10.0.0.7:8100, got {text!r:.80}")
+    return text
+
+
+ServerUrl = Annotated[str, Field(pattern=_SERVER_URL), AfterValidator(server_url)]
 
 
 class ServersConfig(BaseModel):

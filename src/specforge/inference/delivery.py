@@ -12,7 +12,7 @@ from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.refs import SampleRef
 from specforge.control_plane.base import CaptureControl, Lease
 from specforge.data_plane.base import FeatureStore, PutRequest, StoredFeatures
-from specforge.errors import ControlPlaneError, FeatureStoreError, FeatureStoreFull
+from specforge.errors import ControlPlaneError, FeatureStoreFull
 
 MAX_REASON_CHARS = 2000
 FIRST_RETRY_S = 0.02
@@ -31,7 +31,7 @@ def put_with_patience(
     """Put, waiting for room while the store is full; ``None`` when ``stopped`` was set meanwhile.
 
     Cannot spin: every retry follows a blocking wait that doubles up to a second, and ``between`` after it. The waits
-    end after ``wait_s``, with a ``FeatureStoreError``. Credits of the control plane make this path rare.
+    end after ``wait_s``, with a ``FeatureStoreFull``. Credits of the control plane make this path rare.
     """
     deadline = time.monotonic() + wait_s
     pause_s = FIRST_RETRY_S
@@ -40,7 +40,7 @@ def put_with_patience(
             return store.put([request])[0]
         except FeatureStoreFull as error:
             if time.monotonic() + pause_s > deadline:
-                raise FeatureStoreError(
+                raise FeatureStoreFull(
                     f"the feature store stayed full for up to {wait_s:g} s ({error}); give the store more room or "
                     "lower the number of samples in flight"
                 ) from error

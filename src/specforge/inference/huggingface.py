@@ -29,6 +29,7 @@ from specforge.inference.batch import HFBatchSession
 from specforge.inference.cache import BatchCache, GrowingCache
 from specforge.inference.engine import CapturedSample, Generation
 from specforge.inference.layers import EverythingInFloat64, decoder_layers, tapped
+from specforge.inference.rope import forget_longest, in_groups, length_of_short_rope
 from specforge.inference.target import read_target_info
 from specforge.inference.tree import BatchAttention, TreeAttention
 
@@ -56,6 +57,7 @@ class HFTargetEngine:
         self._backbone = self._model.get_decoder()
         self._layers = decoder_layers(self._backbone, self.info.num_layers)
         self._tables = _tables(self._model, self.info)
+        self._short_rope = length_of_short_rope(self._model.config.get_text_config(decoder=True).to_dict())
         self._float64: Any = None
 
     @property
@@ -73,14 +75,21 @@ class HFTargetEngine:
             yield from self.capture_together([task], spec)
 
     def capture_together(self, tasks: Sequence[PromptTask], spec: CaptureSpec) -> list[CapturedSample]:
-        """One forward of all ``tasks``, padded behind their ends, which a causal target does not see: what each gets
-        differs from what it gets alone by rounding only. Otherwise as :meth:`capture`.
+        """Forwards of several ``tasks`` each, padded behind their ends, which a causal target does not see: what each
+        gets differs from what it gets alone by rounding only. Where a long sequence turns the target's RoPE, each long
+        one has a forward of its own. Otherwise as :meth:`capture`.
         """
         self._check_layers(spec)
+        return in_groups(
+            tasks, lambda task: task.num_tokens, self._short_rope, lambda group: self._forward_together(group, spec)
+        )
+
+    def _forward_together(self, tasks: Sequence[PromptTask], spec: CaptureSpec) -> list[CapturedSample]:
         longest = max(task.num_tokens for task in tasks)
         # any valid id serves as padding
         rows = [(*task.input_ids, *task.input_ids[:1] * (longest - task.num_tokens)) for task in tasks]
         input_ids = self._ids(rows)
+        self._forget_longest()
         with torch.no_grad(), tapped(self._layers, spec.aux_layers) as outputs:
             last = self._backbone(input_ids=input_ids, use_cache=False).last_hidden_state
         found = _features(outputs, last, spec)
@@ -92,19 +101,33 @@ class HFTargetEngine:
             samples.append(CapturedSample(task.sample_id, tensors))
         return samples
 
-    def generate(self, prompts: Sequence[Sequence[int]], options: Generate) -> list[Generation]:
-        """Greedy continuations of one batch, or drawn ones, one prompt at a time with a generator of its own.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], options: Generate, between: Callable[[], None] = lambda: None
+    ) -> list[Generation]:
+        """Greedy continuations, in batches as :meth:`capture_together`, or drawn ones, one prompt at a time with a
+        generator of its own.
 
         A row ends at the first of the target's stop tokens (included) or after ``max_new_tokens``. Ties go to the
-        lowest id. Raises :class:`DataError` for a prompt that the target cannot read.
+        lowest id. ``between`` is called before every forward, and ends the generation with what it raises. Raises
+        :class:`DataError` for a prompt that the target cannot read.
         """
+        limit = options.max_new_tokens
         if options.temperature < GREEDY_TEMPERATURE:
-            return self._decode(prompts, options.max_new_tokens, lambda logits: logits.argmax(dim=-1))
-        drawn = (self._decode([prompt], options.max_new_tokens, _drawn_with(options)) for prompt in prompts)
+            return in_groups(
+                prompts,
+                lambda prompt: len(prompt) + limit,
+                self._short_rope,
+                lambda group: self._decode(group, limit, lambda logits: logits.argmax(dim=-1), between),
+            )
+        drawn = (self._decode([prompt], limit, _drawn_with(options), between) for prompt in prompts)
         return [generation for alone in drawn for generation in alone]
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Callable[[Tensor], Tensor]
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        choose: Callable[[Tensor], Tensor],
+        between: Callable[[], None],
     ) -> list[Generation]:
         """One batch, in which prompts of unequal length are padded on the left; ``choose`` gives tokens [batch] for
         logits fp32 [batch, V].
@@ -114,11 +137,13 @@ class HFTargetEngine:
         input_ids, mask, positions = self._left_padded(prompts)
         stops = torch.tensor(self.info.eos_token_ids, dtype=torch.long, device=self.device)
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        self._forget_longest()
         cache = GrowingCache()
         tables = self.tables
         columns: list[Tensor] = []
         with torch.no_grad():
             while True:
+                between()
                 hidden = self._backbone(
                     input_ids=input_ids,
                     attention_mask=mask,
@@ -224,6 +249,10 @@ class HFTargetEngine:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         index = torch.arange(longest, device=self.device)[None] - (longest - lengths)[:, None]
         return padded, (index >= 0).long(), index.clamp(min=0)
+
+    def _forget_longest(self) -> None:
+        if self._short_rope is not None:
+            forget_longest(self._backbone)
 
     def _check_layers(self, spec: CaptureSpec) -> None:
         wrong = [layer for layer in spec.aux_layers if not 0 <= layer < self.info.num_layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ class RolloutSettings:
     """How one worker works. ``poll_s`` bounds one blocking lease call of :meth:`RolloutWorker.run`.
 
     ``store_wait_s`` is the longest a put waits for room before the worker gives up. ``responses``: how prompts are
-    answered; ``None`` where none is to be.
+    answered; ``None`` where none is to be. ``waits_for_servers``: the engine asks servers, each for a bounded time of
+    its own, and may go on to the next: leases are kept while it captures.
     """
 
     worker_id: str
@@ -54,10 +56,12 @@ class RolloutSettings:
     target_revision: str
     store_wait_s: float = 300.0
     responses: ResponseOptions | None = None
+    waits_for_servers: bool = False
 
 
 class RolloutWorker:
-    """Drives one engine. Heartbeats are sent between captures, so a capture that hangs loses its leases on purpose.
+    """Drives one engine. Heartbeats are sent between captures, so a capture that hangs loses its leases on purpose;
+    during captures too where servers are waited for.
 
     A failure of one prompt is reported with ``control.fail`` and the worker goes on. After a failure of the engine or
     the store the worker leaves (``control.leave`` with the reason) and raises it; a worker that is stopped gives back
@@ -154,7 +158,8 @@ class RolloutWorker:
     def _capture_and_put(self, lease: Lease) -> StoredFeatures | None:
         """Features of one lease in the store; ``None`` without any (a failure of the prompt is reported first)."""
         try:
-            (sample,) = self._engine.capture([lease.task], self._settings.spec)
+            with self._beating(lease):
+                (sample,) = self._engine.capture([lease.task], self._settings.spec)
         except Exception as error:
             if is_engine_wide(error):
                 raise
@@ -172,6 +177,11 @@ class RolloutWorker:
             return None
         fault_point("worker.stored")
         return features
+
+    def _beating(self, lease: Lease) -> contextlib.AbstractContextManager[None]:
+        if self._settings.waits_for_servers:
+            return heartbeats(self._control, self._settings.worker_id, lease.duration_s)
+        return contextlib.nullcontext()
 
     def _put(self, lease: Lease, sample: CapturedSample) -> StoredFeatures | None:
         """Put, waiting for room while the store is full; ``None`` when the worker was stopped meanwhile."""

@@ -19,6 +19,7 @@ from specforge.inference.servers.engine import ServerTargetEngine
 from specforge.inference.servers.listing import ServerListing
 from specforge.inference.servers.sglang import SglangServer
 from specforge.inference.servers.specforge import SpecforgeServer
+from specforge.inference.servers.terms import Terms
 from specforge.inference.servers.vllm import VllmServer
 from specforge.launch.capture_token import read_token
 from specforge.launch.inputs import resolve_device, resolve_dtype
@@ -33,7 +34,7 @@ def make_engine(config: RunConfig, target: TargetInfo) -> TargetEngine:
     if config.data.features is not None:
         return OfflineManifestReader(target, FeatureSet(config.data.features))
     if config.target.servers is not None:
-        return ask_servers(config.target.servers, target)
+        return ask_servers(config, config.target.servers, target)
     return load_target(config, target)
 
 
@@ -44,19 +45,29 @@ def open_engine(config: RunConfig, target: TargetInfo, resources: contextlib.Exi
     return engine
 
 
-def ask_servers(servers: ServersConfig, target: TargetInfo) -> ServerTargetEngine:
+def ask_servers(config: RunConfig, servers: ServersConfig, target: TargetInfo) -> ServerTargetEngine:
     """The servers that are listed now, which answer this process with features."""
     token = read_token(servers.token_file)
     urls = ServerListing(servers.urls, servers.file).current()
-    connected = [connect_server(servers.dialect, url, token) for url in urls]
-    return ServerTargetEngine(connected, target, servers.max_in_flight, servers.timeout_s)
+    connected = [connect_server(servers.dialect, url, token, servers.max_in_flight) for url in urls]
+    return ServerTargetEngine(connected, target, servers.max_in_flight, servers.timeout_s, terms=terms_of(config))
+
+
+def terms_of(config: RunConfig) -> Terms:
+    """What the run wants of its servers alike."""
+    dtype = config.target.dtype
+    return Terms(
+        None if dtype == "auto" else dtype,
+        num_tokens=config.data.max_length,
+        strict=config.control_plane.order == "strict",
+    )
 
 
 def make_evaluation_engine(config: RunConfig, target: TargetInfo) -> TargetEngine:
     """What captures held-out samples: the run's servers where they can answer with features, else the target here."""
     servers = config.target.servers
     if servers is not None and servers.dialect in ANSWER_WITH_FEATURES:
-        return ask_servers(servers, target)
+        return ask_servers(config, servers, target)
     return load_target(config, target)
 
 
@@ -67,13 +78,17 @@ def load_target(config: RunConfig, target: TargetInfo) -> HFTargetEngine:
     return HFTargetEngine(target, dtype, device, config.target.trust_remote_code)
 
 
-def connect_server(dialect: str, url: str, token: str | None) -> CaptureServer:
-    """The server at ``url``, which speaks ``dialect`` (of ``ServersConfig``). Nothing is asked of it yet."""
+def connect_server(dialect: str, url: str, token: str | None, max_in_flight: int = 14) -> CaptureServer:
+    """The server at ``url``, which speaks ``dialect`` (of ``ServersConfig``). Nothing is asked of it yet.
+
+    Up to ``max_in_flight`` requests wait for no connection, nor do a question what it is and a good-bye beside them.
+    """
+    max_connections = max_in_flight + 2
     match dialect:
         case "specforge":
-            return SpecforgeServer(url, token)
+            return SpecforgeServer(url, token, max_connections)
         case "vllm":
-            return VllmServer(url, token)
+            return VllmServer(url, token, max_connections)
         case "sglang":
-            return SglangServer(url, token)
+            return SglangServer(url, token, max_connections)
     raise ConfigError(f"no dialect {dialect!r} of capture servers is known; choose one of specforge, vllm, sglang")

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from specforge.config.run import RunConfig
 from specforge.contracts.capture import FLOAT8, CaptureSpec, TargetInfo
-from specforge.contracts.features import ITEM_BYTES, layout
+from specforge.contracts.features import ITEM_BYTES
 from specforge.errors import ConfigError
 from specforge.launch.mooncake import warnings
 
@@ -184,8 +184,7 @@ def bytes_per_token(target: TargetInfo, spec: CaptureSpec) -> int:
 
 def sample_bytes(target: TargetInfo, spec: CaptureSpec, num_tokens: int) -> int:
     """Bytes of one sample's buffer: each feature padded to the alignment."""
-    shapes = [(name, dtype, (num_tokens, width)) for name, dtype, width in spec.widths(target.hidden_size)]
-    return layout([("input_ids", "int32", (num_tokens,)), *shapes])[1]
+    return spec.layout(target.hidden_size, num_tokens)[1]
 
 
 def batch_bytes(target: TargetInfo, spec: CaptureSpec) -> int:

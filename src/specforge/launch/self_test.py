@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import logging
 import secrets
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from specforge.algorithms.base import TargetTables
 from specforge.algorithms.parts.tables import load_target_tables
 from specforge.contracts.capture import CaptureSpec, TargetInfo
 from specforge.contracts.capture_server import InlineSink, ServerInfo, SharedDirSink, SharedMemorySink, Sink
@@ -22,14 +24,14 @@ from specforge.contracts.tasks import PromptTask
 from specforge.data_plane.base import FeatureStore
 from specforge.data_plane.shared_dir import SharedDirFeatureStore
 from specforge.data_plane.shared_memory import SharedMemoryFeatureStore
-from specforge.errors import CaptureTestFailed, ConfigError, TargetError
+from specforge.errors import CaptureTestFailed, ConfigError, EngineError, TargetError
 from specforge.inference.engine import CapturedSample
 from specforge.inference.huggingface import HFTargetEngine
-from specforge.inference.self_test.evidence import SelfTest
+from specforge.inference.self_test.evidence import LONG_TOKENS, Oracle, SelfTest
 from specforge.inference.self_test.features import FeatureReader, InlineReader, StoreReader
 from specforge.inference.self_test.report import SelfTestReport
 from specforge.inference.self_test.run import self_test
-from specforge.inference.servers.base import CaptureServer, expected_features
+from specforge.inference.servers.base import CaptureServer
 from specforge.inference.target import count_parameters, load_tokenizer, read_target_info
 from specforge.launch.capture_token import read_token
 from specforge.launch.engines import connect_server
@@ -40,8 +42,8 @@ ORACLE_SHARE = 0.25
 """Of the free memory: a copy of the target that needs more is not loaded for a test."""
 MAX_ORACLE_BYTES = 16 << 30
 """A larger one takes minutes to load."""
-TEST_TOKENS = 1024
-"""More than those of all prompts of a test, each captured four times."""
+TEST_TOKENS = 1024 + LONG_TOKENS
+"""More than those of all prompts of a test, each but the long one captured four times."""
 TEXTS = (
     "The committee met on Tuesday to discuss the new budget, and after two hours agreed to vote again next month.",
     "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n",
@@ -56,7 +58,7 @@ class ServerTests:
     """Tests servers of one target for one capture spec.
 
     ``store``: where this process reads what goes to ``sink``; ``None`` for an inline one. Of the target nothing stays
-    in memory between two tests but the states of a few prompts.
+    in memory between two tests but the states of a few prompts. Several may run at a time, in threads: they share it.
     """
 
     def __init__(
@@ -73,57 +75,93 @@ class ServerTests:
         self._target, self._spec, self._sink, self._prompts = target, spec, sink, prompts
         self._reader: FeatureReader = InlineReader() if store is None else StoreReader(store)
         self._oracle = RememberedOracle(target, trust_remote_code)
+        self._loading = threading.Lock()
+        self._tables: dict[torch.dtype, TargetTables] = {}
+        self._num_tests = 0
 
     def test(self, server: CaptureServer) -> SelfTestReport:
         """The report on ``server``. Raises ``ServerUnavailable`` or ``ServerRefused`` where none can be made."""
         dtype = server.info(self.timeout_s).dtype
-        return self_test(
-            server,
-            SelfTest(
-                target=self._target,
-                spec=self._spec,
-                sink=self._sink,
-                tables=load_target_tables(self._target.path, torch.bfloat16 if dtype == "bfloat16" else torch.float32),
-                reader=self._reader,
-                prompts=self._prompts,
-                oracle=self._oracle.computing_in(dtype),
-                timeout_s=self.timeout_s,
-            ),
-        )
+        with self._loaded(torch.bfloat16 if dtype == "bfloat16" else torch.float32) as tables:
+            return self_test(
+                server,
+                SelfTest(
+                    target=self._target,
+                    spec=self._spec,
+                    sink=self._sink,
+                    tables=tables,
+                    reader=self._reader,
+                    prompts=self._prompts,
+                    oracle=self._oracle.computing_in(dtype),
+                    timeout_s=self.timeout_s,
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _loaded(self, dtype: torch.dtype) -> Iterator[TargetTables]:
+        """The target's tables, which the last test that has them lets go."""
+        with self._loading:
+            if dtype not in self._tables:
+                self._tables[dtype] = load_target_tables(self._target.path, dtype)
+            tables = self._tables[dtype]
+            self._num_tests += 1
+        try:
+            yield tables
+        finally:
+            with self._loading:
+                self._num_tests -= 1
+                if not self._num_tests:
+                    self._tables.clear()
 
 
 class RememberedOracle:
-    """Implements ``Oracle`` with the target on this host's CPU, which is let go once it has captured."""
+    """The target on this host's CPU, for as long as it captures. From any thread, one at a time."""
 
     def __init__(self, target: TargetInfo, trust_remote_code: bool = False) -> None:
         self.info = target
         self._trust_remote_code = trust_remote_code
-        self._dtype = "float32"
-        self._engine: HFTargetEngine | None = None
+        self._lock = threading.Lock()
         self._known: dict[tuple[object, ...], list[CapturedSample]] = {}
+        self._broken: dict[str, str] = {}
 
-    def computing_in(self, dtype: str) -> RememberedOracle | None:
-        """This oracle in the format of a server (float16, which CPUs are slow in, in float32); ``None`` where the
-        target is too large, or transformers cannot run it.
+    def computing_in(self, dtype: str) -> Oracle:
+        """This oracle in the format of a server (float16, which CPUs are slow in, in float32)."""
+        return _OracleIn(self, dtype if dtype == "bfloat16" else "float32")
+
+    def capture(self, tasks: Sequence[PromptTask], spec: CaptureSpec, dtype: str) -> list[CapturedSample]:
+        """Loads the target where these were not captured before. Raises ``TargetError`` where it does not fit, or does
+        not run here.
         """
-        self._dtype = dtype if dtype == "bfloat16" else "float32"
-        if not self._known:
-            self._engine = load_oracle(self.info, self._dtype, self._trust_remote_code)
-        return self if self._known or self._engine is not None else None
+        key = (dtype, spec, *(task.input_ids for task in tasks))
+        with self._lock:
+            if dtype in self._broken:
+                raise TargetError(self._broken[dtype])
+            if key not in self._known:
+                check_fits(self.info, dtype)
+                try:
+                    self._known[key] = list(load_oracle(self.info, dtype, self._trust_remote_code).capture(tasks, spec))
+                except Exception as error:
+                    # to load it again for every server would take minutes, and fail again
+                    self._broken[dtype] = f"{type(error).__name__}: {error!s:.300}"
+                    raise
+            return self._known[key]
+
+
+class _OracleIn:
+    """Implements ``Oracle``."""
+
+    def __init__(self, oracle: RememberedOracle, dtype: str) -> None:
+        self.info = oracle.info
+        self._oracle, self._dtype = oracle, dtype
 
     def capture(self, tasks: Sequence[PromptTask], spec: CaptureSpec) -> list[CapturedSample]:
-        key = (self._dtype, spec, *(task.input_ids for task in tasks))
-        if key not in self._known:
-            engine = self._engine or load_oracle(self.info, self._dtype, self._trust_remote_code)
-            if engine is None:
-                raise TargetError(f"{self.info.path} does not fit into the free memory any more; free some, try again")
-            self._known[key] = list(engine.capture(tasks, spec))
-        self._engine = None
-        return self._known[key]
+        return self._oracle.capture(tasks, spec, self._dtype)
 
 
 def raise_for(reports: Iterable[SelfTestReport]) -> None:
-    """Raise ``CaptureTestFailed`` for all reports that failed at once; log what could not be verified of the others."""
+    """Raise ``CaptureTestFailed`` for all reports that failed at once; log what of the others is doubtful, or could not
+    be verified.
+    """
     failures = []
     for report in reports:
         try:
@@ -134,21 +172,23 @@ def raise_for(reports: Iterable[SelfTestReport]) -> None:
         for check in report.checks:
             if check.verdict == "unverified":
                 _LOG.warning("the capture server %s: %s is not verified: %s", report.url, check.name, check.where)
+            if check.verdict == "warning":
+                _LOG.warning("the capture server %s: %s: %s", report.url, check.name, check.where)
     if failures:
         raise CaptureTestFailed("\n".join(failures))
 
 
-def load_oracle(target: TargetInfo, dtype: str, trust_remote_code: bool = False) -> HFTargetEngine | None:
-    """The target on this host's CPU, where it fits; ``None`` where it is too large, or transformers cannot run it."""
+def check_fits(target: TargetInfo, dtype: str) -> None:
+    """Raise ``TargetError`` where a copy of ``target`` is too large for this host, or for a test."""
     num_bytes = ITEM_BYTES[dtype] * count_parameters(target.path)
-    free = free_memory_bytes()
-    if num_bytes > min(MAX_ORACLE_BYTES, ORACLE_SHARE * free):
-        return None
-    try:
-        return HFTargetEngine(target, dtype, trust_remote_code=trust_remote_code)
-    except TargetError as error:
-        _LOG.warning("layer ids of the capture servers are not verified: %s", error)
-        return None
+    most = int(min(MAX_ORACLE_BYTES, ORACLE_SHARE * free_memory_bytes()))
+    if num_bytes > most:
+        raise TargetError(f"its weights have {num_bytes:,} bytes, of this host's memory a test takes {most:,}")
+
+
+def load_oracle(target: TargetInfo, dtype: str, trust_remote_code: bool = False) -> HFTargetEngine:
+    """The target on this host's CPU. Raises ``TargetError`` where transformers cannot load it."""
+    return HFTargetEngine(target, dtype, trust_remote_code=trust_remote_code)
 
 
 def free_memory_bytes() -> int:
@@ -203,7 +243,8 @@ def diagnose(asked: Diagnosis) -> dict[str, Any]:
                 report = tests.test(server)
             finally:
                 if store is not None:
-                    server.close_sink(sink)
+                    with contextlib.suppress(EngineError):  # what it failed with is what was asked for
+                        server.close_sink(sink)
     return {**report.as_dict(), "aux_layers": list(spec.aux_layers), "sink": sink.kind}
 
 
@@ -221,7 +262,7 @@ def _sink(
 ) -> Iterator[tuple[Sink, FeatureStore | None]]:
     """A sink that the server can write to, and the store that reads it: the answer itself where it can."""
     name = f"self-test-{secrets.token_hex(4)}"
-    capacity_bytes = max(64 << 20, 4 * expected_features(spec, target.hidden_size, TEST_TOKENS)[1])
+    capacity_bytes = max(64 << 20, 4 * spec.layout(target.hidden_size, TEST_TOKENS)[1])
     if "inline" in info.sinks:
         yield InlineSink(), None
     elif "shared_dir" in info.sinks and asked.feature_dir is not None:

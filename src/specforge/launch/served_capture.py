@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from specforge.contracts.capture_server import ServerInfo
 from specforge.control_plane.client import ControlPlaneClient
-from specforge.errors import ServerRefused, ServerUnavailable, TargetError
+from specforge.errors import EngineError, ServerBusy, ServerRefused, ServerUnavailable, TargetError
 from specforge.inference.servers.base import CaptureServer
 from specforge.inference.servers.rollout import ServedRollout
-from specforge.inference.servers.stint import ServedSettings
+from specforge.inference.servers.stint import INFO_S, ServedSettings
+from specforge.inference.servers.terms import Terms
+from specforge.launch.capture_token import read_token
+from specforge.launch.engines import terms_of
 from specforge.launch.inputs import TargetInputs
 from specforge.launch.plan import servers_write
 from specforge.launch.runtime import CaptureRuntime
@@ -20,12 +24,14 @@ from specforge.launch.servers import connect, listing_of, sink_of
 from specforge.launch.stores import open_reader, open_writer
 from specforge.prompts.responses import ResponseOptions
 
+_LOG = logging.getLogger(__name__)
+
 
 def build_served_capture(inputs: TargetInputs, worker_id: str) -> CaptureRuntime:
     """Store and connections. ``inputs.config`` is resolved: it names the store's size and the servers.
 
-    Every server is tested before it is used. A failure of one that answers now ends the run with a ``TargetError``; one
-    that comes later is not used.
+    Every server is tested before it is used, all that answer now at once. A failure of one of these ends the run with a
+    ``TargetError``; one that comes later is not used.
     """
     config = inputs.config
     servers = config.target.servers
@@ -34,7 +40,8 @@ def build_served_capture(inputs: TargetInputs, worker_id: str) -> CaptureRuntime
     with contextlib.ExitStack() as resources:
         store = open_reader(config) if servers_write(config) else open_writer(config)
         resources.callback(store.close)
-        tested = None
+        read_token(servers.token_file)  # later it may be away for a while
+        tests = None
         if servers.self_test:
             tests = ServerTests(
                 inputs.target,
@@ -45,11 +52,10 @@ def build_served_capture(inputs: TargetInputs, worker_id: str) -> CaptureRuntime
                 servers.timeout_s,
                 config.target.trust_remote_code,
             )
-            tested = TestedServers(tests)
+        tested = TestedServers(tests, terms_of(config))
+        if tests is not None:
             with _explained():
-                for url in listing.current():
-                    with contextlib.closing(connect(servers, url)) as server, contextlib.suppress(ServerUnavailable):
-                        tested(server)
+                tested.all([connect(servers, url) for url in listing.current()])
         settings = ServedSettings(
             worker_id=worker_id,
             spec=inputs.spec,
@@ -60,7 +66,8 @@ def build_served_capture(inputs: TargetInputs, worker_id: str) -> CaptureRuntime
             longest_backoff_s=servers.longest_backoff_s,
             unserved_s=servers.unserved_s,
             responses=ResponseOptions.of_run(config.data.generate, config.seed),
-            accept=tested,
+            accept=tested.accept,
+            doubt=tested.doubt,
         )
 
         def start(url: str, token: str, open_until_end: contextlib.ExitStack) -> _Explained:
@@ -73,22 +80,73 @@ def build_served_capture(inputs: TargetInputs, worker_id: str) -> CaptureRuntime
 
 
 class TestedServers:
-    """Tests a server the first time that it is met as what it says it is. From any thread, one test at a time."""
+    """Which servers may be used: those that keep to the terms, and passed the test, if there is one, as what they say
+    they are. From any thread; a server that is silent in its test holds up nobody else.
+    """
 
     __test__ = False  # no test case, whatever pytest makes of the name
 
-    def __init__(self, tests: ServerTests) -> None:
-        self._tests = tests
-        self._passed: set[tuple[str, ServerInfo]] = set()
+    def __init__(self, tests: ServerTests | None, terms: Terms) -> None:
+        self._tests, self._terms = tests, terms
+        self._passed: dict[str, ServerInfo] = {}
+        self._at_work: set[str] = set()
         self._lock = threading.Lock()
 
-    def __call__(self, server: CaptureServer) -> None:
-        """Raises ``CaptureTestFailed`` with a sentence for every broken convention."""
+    def accept(self, server: CaptureServer, info: ServerInfo) -> None:
+        """Test ``server`` where it was not yet. Raises ``CaptureTestFailed`` with a sentence for every broken
+        convention, ``ServerRefused`` for one that does not keep to the terms, ``ServerBusy`` while it is tested.
+        """
+        self._terms.check(server.url, info)
+        if self._tests is not None:
+            with self._turn(server.url) as is_known:
+                if is_known != info:
+                    raise_for([self._tests.test(server)])
+                with self._lock:
+                    self._passed[server.url] = info
+        self._terms.accept(server.url, info)
+
+    def doubt(self, url: str) -> None:
+        """Test it again before it is used again."""
         with self._lock:
-            known = server.url, server.info(self._tests.timeout_s)
-            if known not in self._passed:
-                raise_for([self._tests.test(server)])
-                self._passed.add(known)
+            self._passed.pop(url, None)
+
+    def all(self, servers: Sequence[CaptureServer]) -> None:
+        """Accept, and close, those that answer now, at once. Raises ``ServerRefused`` for all that are refused."""
+        errors: list[Exception] = []
+
+        def accept(server: CaptureServer) -> None:
+            with contextlib.closing(server):
+                try:
+                    self.accept(server, server.info(INFO_S))
+                except ServerUnavailable as error:
+                    _LOG.warning("%s. It is tested when it answers", error)
+                except Exception as error:  # noqa: BLE001 - raised below
+                    errors.append(error)
+
+        threads = [threading.Thread(target=accept, args=(server,), name="self-test", daemon=True) for server in servers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for error in errors:
+            if not isinstance(error, EngineError):
+                raise error
+        if errors:
+            raise ServerRefused("\n".join(map(str, errors)))
+
+    @contextlib.contextmanager
+    def _turn(self, url: str) -> Iterator[ServerInfo | None]:
+        """One test of a server at a time; what it was when it passed one."""
+        with self._lock:
+            if url in self._at_work:
+                raise ServerBusy(f"the capture server {url} is being tested")
+            self._at_work.add(url)
+            known = self._passed.get(url)
+        try:
+            yield known
+        finally:
+            with self._lock:
+                self._at_work.discard(url)
 
 
 class _Explained:

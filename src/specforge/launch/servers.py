@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+import time
 
 from specforge.config.run import RunConfig
 from specforge.contracts.capture_server import InlineSink, MooncakeSink, SharedDirSink, SharedMemorySink, Sink
@@ -18,13 +20,16 @@ from specforge.launch.plan import max_resident_samples, run_id, servers_write, s
 
 _LOG = logging.getLogger(__name__)
 
+GOODBYES_S = 10.0
+"""How long servers are waited for, all together, when they are told that a run is over."""
+
 
 def listing_of(servers: ServersConfig) -> ServerListing:
     return ServerListing(servers.urls, servers.file)
 
 
 def connect(servers: ServersConfig, url: str) -> CaptureServer:
-    return connect_server(servers.dialect, url, read_token(servers.token_file))
+    return connect_server(servers.dialect, url, read_token(servers.token_file), servers.max_in_flight)
 
 
 def sink_of(config: RunConfig) -> Sink:
@@ -53,14 +58,25 @@ def sink_of(config: RunConfig) -> Sink:
 
 
 def close_sinks(config: RunConfig) -> None:
-    """Let every server that can be reached know that nobody wants what it holds of the run."""
+    """Let every server that can be reached know that nobody wants what it holds of the run; all at once."""
     servers = config.target.servers
     if servers is None or not servers_write(config):
         return
     sink = sink_of(config)
-    for url in listing_of(servers).current():
+
+    def say_goodbye(url: str) -> None:
         try:
             with contextlib.closing(connect(servers, url)) as server:
                 server.close_sink(sink)
         except (EngineError, ConfigError) as error:
             _LOG.warning("the features that %s holds of the run are left to it: %s", url, error)
+
+    urls = listing_of(servers).current()
+    threads = [threading.Thread(target=say_goodbye, args=(url,), name="good-bye", daemon=True) for url in urls]
+    deadline = time.monotonic() + GOODBYES_S
+    for thread in threads:
+        thread.start()
+    for url, thread in zip(urls, threads, strict=True):
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            _LOG.warning("%s did not say within %g s that it lets go of the run's features", url, GOODBYES_S)

@@ -96,6 +96,7 @@ def make_worker(
         poll_s=30.0,
         target_revision=inputs.target.revision,
         responses=ResponseOptions.of_run(inputs.config.data.generate, inputs.config.seed),
+        waits_for_servers=inputs.config.target.servers is not None,
     )
     return RolloutWorker(control, engine, store, settings)
 

@@ -30,6 +30,7 @@ from specforge.contracts.capture_server import (
     GenerateReply,
     ItemFailure,
     ServerInfo,
+    Sink,
 )
 from specforge.data_plane.base import FeatureStore, PutRequest
 from specforge.data_plane.encoding import encoded
@@ -90,7 +91,8 @@ class FakeServer:
 
     Requests to capture meet ``faults`` one after the other, and ``always`` when these are used up. ``poison``: samples
     that kill the server (``hang_up``) whenever they are asked for. ``store``: where features go for sinks that are not
-    inline. ``captured`` lists what was asked for, (sample id, generation), whatever came of it.
+    inline. ``most_tokens`` of a sample: a longer one is refused as unfit. ``captured`` lists what was asked for,
+    (sample id, generation), whatever came of it; ``closed`` the sinks that were.
     """
 
     def __init__(
@@ -105,6 +107,8 @@ class FakeServer:
         max_in_flight: int = 8,
         slow_s: float = 0.5,
     ) -> None:
+        self.most_tokens: int | None = None
+        self.closed: list[Sink] = []
         self.target, self.faults, self.always, self.poison = target, deque(faults), always, set(poison)
         self.store, self.token, self.slow_s = store, token, slow_s
         self.info = ServerInfo(
@@ -159,6 +163,8 @@ class FakeServer:
             self.captured += [(item.sample_id, item.generation) for item in request.items]
             if self.poison.intersection(item.sample_id for item in request.items):
                 return "hang_up"
+            if self.most_tokens and max(len(item.input_ids) for item in request.items) > self.most_tokens:
+                return "unfit"
             return self.faults.popleft() if self.faults else self.always
 
     @contextlib.contextmanager
@@ -295,6 +301,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             made = tuple(GeneratedItem(row[::-1][: asked.generate.max_new_tokens], False) for row in asked.prompts)
             self._answer(200, JSON, wire.GENERATE[1].write(GenerateReply(self.server.fake.target.revision, made)))
         elif self.path == "/v1/sinks/close":
+            self.server.fake.closed.append(wire.CLOSE_SINK.read(body).sink)
             self._answer(200, JSON, b"{}")
         else:
             self.send_error(404)

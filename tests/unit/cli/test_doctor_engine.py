@@ -10,7 +10,7 @@ from specforge.cli import main as cli
 from specforge.contracts.capture_server import SharedDirSink
 from specforge.data_plane.shared_dir import SharedDirFeatureStore
 from specforge.demo.run import PACKAGED_TARGET
-from specforge.errors import CaptureTestFailed
+from specforge.errors import CaptureTestFailed, TargetError
 from specforge.inference.config import TargetConfig
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.self_test.report import CONVENTIONS
@@ -166,6 +166,39 @@ def test_oracle_is_loaded_once_for_several_servers(engine, monkeypatch):
 def test_target_that_does_not_fit_has_no_oracle(monkeypatch):
     target = read_target_info(PACKAGED_TARGET)
     assert launched.free_memory_bytes() > 0
-    assert launched.load_oracle(target, "float32") is not None
+    launched.check_fits(target, "float32")
     monkeypatch.setattr(launched, "free_memory_bytes", lambda: 1 << 20)
-    assert launched.load_oracle(target, "float32") is None
+    with pytest.raises(TargetError, match="262,144"):
+        launched.RememberedOracle(target).computing_in("float32").capture([], launched.CaptureSpec((1,), False))
+
+
+def test_oracle_that_fails_is_not_loaded_for_every_server(engine, monkeypatch):
+    loaded = []
+
+    class Broken:
+        def capture(self, tasks, spec):
+            raise RuntimeError("no kernel for these weights")
+
+    def load(target, dtype, trust_remote_code=False):
+        loaded.append(dtype)
+        return Broken()
+
+    monkeypatch.setattr(launched, "load_oracle", load)
+    tests = launched.ServerTests(
+        read_target_info(PACKAGED_TARGET), launched.CaptureSpec((1, 3), last_hidden=True), launched.InlineSink(), None
+    )
+    for _ in range(2):
+        report = tests.test(LocalCaptureServer(engine))
+        assert report.passed
+        unverified = {check.name: check.where for check in report.checks if check.verdict == "unverified"}
+        assert unverified.keys() == {"layer ids", "last"}
+        assert all("no kernel for these weights" in where for where in unverified.values())
+    assert loaded == ["float32"]
+
+
+def test_oracle_is_not_loaded_for_a_server_that_fails_before(engine, monkeypatch):
+    monkeypatch.setattr(launched, "load_oracle", lambda *_: pytest.fail("nobody asked"))
+    tests = launched.ServerTests(
+        read_target_info(PACKAGED_TARGET), launched.CaptureSpec((1, 3), last_hidden=True), launched.InlineSink(), None
+    )
+    assert tests.test(FaultyServer(LocalCaptureServer(engine), "same_layer")).broken == ("same_layer",)

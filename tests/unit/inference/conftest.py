@@ -1,13 +1,17 @@
 """Tiny random targets of several architectures, saved as ordinary Hugging Face directories."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from served_target import WAIT_S, HeldEngine, arena, list_of
 
 from specforge.inference.huggingface import HFTargetEngine
+from specforge.inference.serving.service import CaptureService
+from specforge.inference.serving.settings import ServingSettings
 
 SIZES = {
     "vocab_size": 64,
@@ -61,3 +65,29 @@ def target_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def engine(target_dir: Callable[[str], Path]) -> HFTargetEngine:
     """A random Qwen3 target in fp32."""
     return HFTargetEngine(target_dir("qwen3"))
+
+
+@pytest.fixture
+def held(target_dir):
+    return HeldEngine(target_dir("qwen3"))
+
+
+@pytest.fixture
+def sink(request):
+    found = arena(f"serving-{abs(hash(request.node.name)) % 10**12}")
+    yield found
+    assert list_of(found) == []
+
+
+@pytest.fixture
+def serve(held):
+    """Starts a service; stopped, and its sinks closed, at the end."""
+    with contextlib.ExitStack() as services:
+
+        def start(engine=held, **settings):
+            service = CaptureService(engine, ServingSettings(**{"grace_s": WAIT_S, **settings}))
+            service.start()
+            services.callback(service.stop)
+            return service
+
+        yield start

@@ -16,6 +16,7 @@ from specforge.contracts.capture_server import (
     CaptureRequest,
     CloseSink,
     InlineSink,
+    MooncakeSink,
     SharedDirSink,
     SharedMemorySink,
     Sink,
@@ -26,10 +27,10 @@ from specforge.data_plane.base import FeatureStore
 from specforge.data_plane.shared_dir import SharedDirFeatureStore
 from specforge.data_plane.shared_memory import SHARED_MEMORY, SharedMemoryFeatureStore
 from specforge.data_plane.tensors import views
-from specforge.errors import ConfigError, ContractError
+from specforge.errors import ConfigError, ContractError, FeatureStoreError
 from specforge.inference.plugins import recorder as recorder_module
 from specforge.inference.plugins.orders import Order, read_order, write_order
-from specforge.inference.plugins.recorder import Outcome, Recorder, RecorderLimits, read_limits
+from specforge.inference.plugins.recorder import MAX_RECONNECT_S, Outcome, Recorder, RecorderLimits, read_limits
 from specforge.inference.plugins.target_files import FinalNorm
 
 NORM = FinalNorm(torch.linspace(0.5, 1.5, 8), 1e-6, "weight")
@@ -114,13 +115,14 @@ def test_inline_features_come_with_the_outcome(recorder: Recorder):
     assert torch.equal(tensors["last"], NORM(hidden()[2]).bfloat16())
 
 
-def test_large_inline_features_are_refused():
-    recorder = Recorder(RecorderLimits(max_inline_bytes=100), NORM)
-    refusal = recorded(recorder, request_of(InlineSink())).refusal
+def test_sample_too_large_for_an_inline_answer_is_its_own_failure():
+    """One long prompt must not end what the server does for all others."""
+    recorder = Recorder(RecorderLimits(max_inline_bytes=100), NORM, named="OPTION_{}".format)
+    failure = item_of(recorded(recorder, request_of(InlineSink()))).failure
     recorder.close()
-    assert refusal is not None
-    assert refusal.what == "request"
-    assert "max_inline_bytes" in refusal.reason
+    assert failure is not None
+    assert failure.whose == "prompt"
+    assert "OPTION_max_inline_bytes" in failure.reason
 
 
 def test_what_a_step_submits_is_collected_by_the_next_one(recorder: Recorder):
@@ -162,6 +164,16 @@ def test_repeats_are_answered_with_what_lives(recorder: Recorder):
     first = item_of(recorded(recorder, request_of(memory)))
     assert item_of(recorded(recorder, request_of(memory), hidden(seed=9))) == first
     assert_right(read(reader, first), hidden())
+    others = [
+        ((3, 1, 4, 1, 6), SPEC),
+        (IDS, CaptureSpec((2, 0), True, "bfloat16")),
+        (IDS, CaptureSpec((0, 2), True)),
+    ]
+    for token_ids, spec in others:
+        recorder.submit_capture("ticket", request_of(memory, spec), token_ids, hidden())
+        failure = item_of(outcome_of(recorder)).failure
+        assert failure is not None
+        assert (failure.whose, "new generation" in failure.reason) == ("store", True)
     assert item_of(recorded(recorder, request_of(memory, generation=2))).key != first.key
     reader.close()
     recorder.submit_close("ticket", memory)
@@ -175,7 +187,7 @@ def test_generation_that_was_freed_is_not_put_again(recorder: Recorder, tmp_path
     failure = item_of(recorded(recorder, request_of(directory))).failure
     assert failure is not None
     assert failure.whose == "store"
-    assert "another generation" in failure.reason
+    assert "new generation" in failure.reason
     later = item_of(recorded(recorder, request_of(directory, generation=2)))
     assert_right(read(SharedDirFeatureStore(tmp_path, "run"), later), hidden())
 
@@ -268,6 +280,25 @@ def test_unforeseen_errors_are_answers(recorder: Recorder, monkeypatch: pytest.M
     monkeypatch.setattr(recorder_module, "open_sink", broken)
     refusal = recorded(recorder, request_of(shared_memory())).refusal
     assert refusal == Refusal("engine", "ZeroDivisionError: a bug")
+
+
+def test_sink_that_fails_is_waited_for_once_a_step(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
+    opened: list[float] = []
+
+    def away(sink: Sink, host: str) -> FeatureStore:
+        assert isinstance(sink, MooncakeSink)
+        opened.append(sink.reconnect_s)
+        raise FeatureStoreError("the master is away")
+
+    monkeypatch.setattr(recorder_module, "open_sink", away)
+    sink = MooncakeSink(RUN, "127.0.0.1:9", "127.0.0.1:9", "tcp", "", "P2PHANDSHAKE", 1 << 20, 3600.0)
+    recorder.start_step()
+    for step in (1, 2):
+        for number in range(5):
+            recorder.submit_capture(str(number), request_of(sink, sample_id=str(number)), IDS, hidden())
+        recorder.start_step()
+        assert set(recorder.collect().values()) == {Outcome(refusal=Refusal("engine", "the master is away"))}
+        assert opened == [MAX_RECONNECT_S] * step
 
 
 def test_orders_come_back_as_they_were_written():

@@ -227,6 +227,25 @@ def test_heartbeat_is_sent_between_captures_that_take_long(engine: HFTargetEngin
     assert control.num_heartbeats >= 2
 
 
+@pytest.mark.parametrize("waits_for_servers", [True, False])
+def test_leases_are_kept_during_captures_of_servers_alone(engine: HFTargetEngine, waits_for_servers: bool):
+    control = RecordingControl(tasks(1), duration_s=0.03)
+    heard = []
+
+    class Slow(FailingEngine):
+        def capture(self, tasks: Sequence[PromptTask], spec: CaptureSpec) -> Iterator[CapturedSample]:
+            deadline = time.monotonic() + (60.0 if waits_for_servers else 0.2)
+            while control.num_heartbeats < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            heard.append(control.num_heartbeats)
+            return super().capture(tasks, spec)
+
+    asks = settings(waits_for_servers=waits_for_servers, max_tasks=1)
+    RolloutWorker(control, Slow(engine, "", None), LocalFeatureStore(), asks).run()
+    assert [ref.sample_id for ref in control.committed] == ["s0"]
+    assert (heard[0] >= 3) == waits_for_servers
+
+
 def test_stopped_worker_leases_nothing_more(engine: HFTargetEngine):
     control = RecordingControl(tasks(4))
     worker = RolloutWorker(control, engine, LocalFeatureStore(), settings())

@@ -9,10 +9,10 @@ import torch
 
 from specforge.algorithms.parts.tables import load_target_tables
 from specforge.contracts.capture import CaptureSpec
-from specforge.contracts.capture_server import InlineSink, SharedDirSink
+from specforge.contracts.capture_server import InlineSink, ItemFailure, SharedDirSink
 from specforge.data_plane.shared_dir import SharedDirFeatureStore
 from specforge.demo.run import PACKAGED_TARGET
-from specforge.errors import CaptureTestFailed, ServerRefused, ServerUnavailable
+from specforge.errors import CaptureTestFailed, ServerRefused, ServerUnavailable, TargetError
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.self_test.evidence import SAMPLE_PREFIX, SelfTest
 from specforge.inference.self_test.features import InlineReader, StoreReader
@@ -72,9 +72,11 @@ def prompts():
     return [tokenizer(text * 4)["input_ids"] for text in texts]
 
 
-def make_test(engine, tables, *, dtype="float32", oracle=None, prompts=(), layers=LAYERS, **changes):
+def make_test(engine, tables, *, dtype="float32", oracle=None, prompts=(), layers=LAYERS, long_tokens=96, **changes):
     spec = CaptureSpec(tuple(layers), last_hidden=True, dtype=dtype)
-    return SelfTest(engine.info, spec, InlineSink(), tables, InlineReader(), prompts, oracle, **changes)
+    return SelfTest(
+        engine.info, spec, InlineSink(), tables, InlineReader(), prompts, oracle, long_tokens=long_tokens, **changes
+    )
 
 
 def verdicts(report):
@@ -191,6 +193,121 @@ def test_server_that_captures_no_prompt_is_refused_with_its_reasons(demo, tables
     report = self_test(Small(demo), make_test(demo, tables))
     assert report.broken == ("answers",)
     assert "vocabulary" in report.sentences[0]
+
+
+class Changed(LocalCaptureServer):
+    """No bits are promised; ``change`` spoils every feature [S, D] of it."""
+
+    def __init__(self, engine, change, dtype="bfloat16"):
+        super().__init__(engine)
+        self._change, self._dtype = change, dtype
+
+    def info(self, timeout_s):
+        return replace(super().info(timeout_s), strict=False, dtype=self._dtype)
+
+    def capture(self, request, timeout_s):
+        answer = super().capture(request, timeout_s)
+        tensors = [
+            {name: values if name == "input_ids" else self._change(values) for name, values in each.items()}
+            for each in answer.tensors
+        ]
+        return replace(answer, tensors=tuple(tensors))
+
+
+def noisy(amount):
+    """The same for the same features, so that only an oracle sees it."""
+
+    def change(values):
+        noise = torch.randn(values.shape[1], generator=torch.Generator().manual_seed(0))
+        return values + amount * values.square().mean(dim=1, keepdim=True).sqrt() * noise
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("amount", "dtype", "verdict"),
+    [
+        (0.01, "bfloat16", "passed"),
+        (0.05, "bfloat16", "warning"),
+        (0.2, "bfloat16", "failed"),
+        (0.05, "float32", "failed"),
+    ],
+)
+def test_deep_targets_may_be_farther_from_the_oracle_than_a_few_layers_round(demo, tables, amount, dtype, verdict):
+    report = self_test(
+        Changed(demo, noisy(amount), dtype), make_test(demo, tables, dtype="bfloat16", oracle=demo, layers=(1, 4))
+    )
+    (check,) = (check for check in report.checks if check.name == "layer ids")
+    assert check.verdict == verdict
+    assert check.broken == (("numerics",) if verdict == "failed" else ())
+
+
+@pytest.mark.parametrize(("num_rows", "broken"), [(1, ()), (5, ("not_repeatable",))])
+def test_single_row_beyond_rounding_does_not_decide(demo, tables, num_rows, broken):
+    calls = []
+
+    def change(values):
+        calls.append(len(values))
+        spoilt = values.clone()
+        if len(values) > 20:
+            spoilt[5 : 5 + num_rows] *= 1.0 + 0.2 * (len(calls) % 4 // 2)
+        return spoilt
+
+    report = self_test(Changed(demo, change), make_test(demo, tables, dtype="bfloat16"))
+    assert report.broken == broken
+
+
+@pytest.mark.parametrize("fault", ["first rows", "zeros", "tokens"])
+def test_long_prompt_that_is_put_together_wrongly_is_seen(demo, tables, fault):
+    class Chunked(Changed):
+        def capture(self, request, timeout_s):
+            answer = super().capture(request, timeout_s)
+            for tensors in answer.tensors:
+                if len(tensors["input_ids"]) > 90:
+                    if fault == "tokens":
+                        tensors["input_ids"] = tensors["input_ids"].roll(1)
+                    elif fault == "zeros":
+                        tensors["aux"][50:60] = 0.0
+                    else:
+                        tensors["last"] = tensors["last"].roll(8, dims=0)
+            return answer
+
+    report = self_test(Chunked(demo, torch.clone), make_test(demo, tables))
+    assert report.broken == ("token_ids" if fault == "tokens" else "long_prompt",)
+
+
+def test_long_prompt_that_is_not_captured_is_not_verified(demo, tables):
+    class Short(LocalCaptureServer):
+        def capture(self, request, timeout_s):
+            answer = super().capture(request, timeout_s)
+            items = [
+                replace(item, failure=ItemFailure("prompt", "too large"), features=(), num_bytes=0, store="", key="")
+                if item.num_tokens > 90
+                else item
+                for item in answer.reply.items
+            ]
+            return replace(answer, reply=replace(answer.reply, items=tuple(items)))
+
+    report = self_test(Short(demo), make_test(demo, tables))
+    assert report.passed
+    (check,) = (check for check in report.checks if check.name == "long prompt")
+    assert check.verdict == "unverified"
+    assert "too large" in check.where
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel"), TargetError("not loadable"), MemoryError()])
+def test_oracle_that_does_not_run_leaves_the_layers_unverified(demo, tables, error):
+    class Broken:
+        info = demo.info
+
+        def capture(self, tasks, spec):
+            raise error
+
+    report = self_test(LocalCaptureServer(demo), make_test(demo, tables, oracle=Broken()))
+    assert report.passed
+    unverified = {check.name: check.where for check in report.checks if check.verdict == "unverified"}
+    assert unverified.keys() == {"layer ids", "last"}
+    assert all(str(error) in where for where in unverified.values())
 
 
 def test_server_that_generates_nothing_leaves_next_tokens_unverified(demo, tables):

@@ -1,4 +1,6 @@
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from specforge.contracts.capture_server import Generate
 from specforge.data_plane.tensors import materialised
 from specforge.errors import PromptRefused, ServerRefused, ServerUnavailable
 from specforge.inference.rollout import is_engine_wide
+from specforge.inference.servers import engine as server_engine
 from specforge.inference.servers.engine import ServerTargetEngine
 from specforge.inference.servers.specforge import SpecforgeServer
+from specforge.inference.servers.terms import Terms
 from specforge.testing.fake_server import FakeServer, made_features
 from specforge.testing.metadata_store import make_task
 from specforge.testing.samples import SMALL_TARGET
@@ -70,6 +74,43 @@ def test_a_prompt_that_is_refused_is_its_own_failure(fakes, engine):
     check(list(engine.capture([make_task(4)], SPEC)), [make_task(4)])
 
 
+def test_a_server_that_failed_is_asked_after_those_that_did_not(fakes, engine, monkeypatch):
+    monkeypatch.setattr(server_engine, "FIRST_BACKOFF_S", 0.0)
+    fakes[0].faults.append("hang_up")
+    for i in range(5):
+        check(list(engine.capture([make_task(i)], SPEC)), [make_task(i)])
+    assert (len(fakes[0].captured), len(fakes[1].captured)) == (1, 5)
+
+
+def test_busy_servers_are_waited_for_however_often_they_say_so(fakes, engine, monkeypatch):
+    monkeypatch.setattr(server_engine, "LONGEST_BACKOFF_S", 0.01)
+    for fake in fakes:
+        fake.faults.extend(["busy", "no_room"] * 4)
+    check(list(engine.capture([make_task(0)], SPEC)), [make_task(0)])
+
+
+def test_servers_that_stay_busy_are_not_waited_for_for_ever(fakes, monkeypatch):
+    monkeypatch.setattr(server_engine, "LONGEST_BACKOFF_S", 0.01)
+    for fake in fakes:
+        fake.always = "busy"
+    engine = ServerTargetEngine([SpecforgeServer(fake.url) for fake in fakes], SMALL_TARGET, patience_s=0.5)
+    began_at = time.monotonic()
+    with pytest.raises(ServerUnavailable, match=r"had room for 0\.5 s.*made up: busy"):
+        list(engine.capture([make_task(0)], SPEC))
+    assert time.monotonic() - began_at >= 0.5
+    engine.close()
+
+
+def test_servers_of_another_number_format_are_not_used(fakes):
+    fakes[1].info = replace(fakes[1].info, dtype="bfloat16")
+    servers = [SpecforgeServer(fake.url) for fake in fakes]
+    engine = ServerTargetEngine(servers, SMALL_TARGET, 1, terms=Terms("bfloat16"))
+    tasks = [make_task(i) for i in range(6)]
+    check(list(engine.capture(tasks, SPEC)), tasks)
+    assert not fakes[0].captured
+    engine.close()
+
+
 def test_servers_that_fail_all_the_time_are_the_engines_failure(fakes, engine):
     for fake in fakes:
         fake.always = "broken"
@@ -83,7 +124,9 @@ def test_a_server_that_refuses_is_asked_no_more_and_none_left_is_an_error(fakes,
     fakes[0].always = "unauthorized"
     tasks = [make_task(i) for i in range(5)]
     check(list(engine.capture(tasks, SPEC)), tasks)
-    assert len(fakes[0].captured) <= 1
+    num_asked = len(fakes[0].captured)  # several may have been in flight when the first was refused
+    check(list(engine.capture(tasks, SPEC)), tasks)
+    assert len(fakes[0].captured) == num_asked
     fakes[1].always = "other_revision"
     with pytest.raises(ServerRefused, match="no capture server can serve this run") as caught:
         list(engine.capture(tasks, SPEC))

@@ -2,7 +2,9 @@ import logging
 import os
 
 import pytest
+from pydantic import ValidationError
 
+from specforge.inference.config import ServersConfig, server_url
 from specforge.inference.servers.listing import MAX_FILE_BYTES, ServerListing
 
 
@@ -48,6 +50,11 @@ def test_a_file_that_changes_is_read_again(file, replaced):
         b"http://a:1\nhttp://user@b:1\n",
         b"\xff\xfe\n",
         b"http://a b\n",
+        b"http://a:70000\n",
+        b"http://a:0\n",
+        b"http://a:80:80\n",
+        b"http://:80\n",
+        b"http://a:80?x\n",
         b"x" * MAX_FILE_BYTES + b"\n",
     ],
 )
@@ -90,6 +97,22 @@ def test_a_torn_line_counts_once_it_stays(file):
     file.write_text("http://a:1\nhttp://b:1234")
     assert listing.current() == ("http://a:1",)
     assert listing.current() == ("http://a:1", "http://b:1234")
+
+
+def test_the_first_look_at_a_file_without_a_last_line_end_finds_what_is_there(file):
+    file.write_text("http://a:1\nhttp://[::1]:1234")
+    assert ServerListing((), file).current() == ("http://a:1", "http://[::1]:1234")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a:0", "http://a:65536", "http://a:1\n", "http://a:1/x", "ftp://a:1", "http://[:1"]
+)
+def test_a_configuration_takes_the_addresses_that_a_file_may_have(url):
+    with pytest.raises(ValidationError, match="urls"):
+        ServersConfig(urls=(url,))
+    with pytest.raises(ValueError, match="expected an address"):
+        server_url(url)
+    assert ServersConfig(urls=("https://a.b:65535/",)).urls == ("https://a.b:65535/",)
 
 
 def test_a_file_that_was_just_emptied_is_no_list_yet(file):

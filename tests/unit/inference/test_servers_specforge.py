@@ -8,6 +8,7 @@ from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.capture_server import CaptureItem, CaptureRequest, Generate, GenerateRequest, InlineSink
 from specforge.data_plane.tensors import materialised
 from specforge.errors import PromptRefused, ServerBusy, ServerRefused, ServerUnavailable
+from specforge.inference.servers.http_client import Answer, refusal
 from specforge.inference.servers.specforge import SpecforgeServer
 from specforge.testing.fake_server import FakeServer, made_features
 from specforge.testing.samples import SMALL_TARGET
@@ -92,9 +93,27 @@ def test_a_busy_server_says_so(fake, client):
     [("unfit", "422: made up"), ("unauthorized", "give the run the token"), ("moved", "302.*check its address")],
 )
 def test_a_refusal_says_what_to_do(fake, client, fault, reason):
-    fake.faults.append(fault)
+    fake.always = fault
     with pytest.raises(ServerRefused, match=reason):
         client.capture(request(), 20.0)
+
+
+def test_a_sample_that_is_too_large_for_an_answer_is_refused_as_such(fake, client):
+    fake.most_tokens = len(TOKENS) - 1
+    with pytest.raises(PromptRefused, match="422"):
+        client.capture(request(), 20.0)
+    short = CaptureItem("s", 2, TOKENS[:-1])
+    assert client.capture(request(items=(short,)), 20.0).tensors[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(413, PromptRefused), (422, ServerRefused), (503, ServerBusy), (500, ServerUnavailable), (302, ServerRefused)],
+)
+def test_what_a_status_means_and_says(status, kind):
+    error = refusal("http://a:1", "/v1/x", Answer(status, "", bytearray(b'{"error": {"message": "why"}}')), {}, "; so")
+    assert isinstance(error, kind)
+    assert f"http://a:1 answered /v1/x with {status}: why" in str(error)
 
 
 def test_a_prompt_that_no_server_would_read_is_refused_as_such(fake, client):
@@ -128,7 +147,17 @@ def test_nobody_there_is_unavailable():
     client = SpecforgeServer(fake.url)
     with pytest.raises(ServerUnavailable, match=f"{fake.url} did not answer /v1/info"):
         client.info(20.0)
-    client.close_sink(InlineSink())
+    with pytest.raises(ServerUnavailable, match="/v1/sinks/close"):
+        client.close_sink(InlineSink())
+    client.close()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://[::1", "http://" + "a" * 300 + ":80"])
+def test_whatever_an_address_makes_of_the_client_names_the_server(url):
+    client = SpecforgeServer(url)
+    with pytest.raises(ServerUnavailable) as caught:
+        client.info(20.0)
+    assert url in str(caught.value)
     client.close()
 
 

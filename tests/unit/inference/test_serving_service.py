@@ -6,62 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from served_target import SPEC, WAIT_S, HeldEngine, arena, in_process, item, request, same_bits
+from served_target import (
+    SPEC,
+    WAIT_S,
+    HeldEngine,
+    arena,
+    captured,
+    done,
+    in_process,
+    item,
+    list_of,
+    request,
+    same_bits,
+)
 
 from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.capture_server import CloseSink, Generate, GenerateRequest, SharedDirSink
 from specforge.contracts.refs import SampleRef
 from specforge.data_plane.shared_dir import SharedDirFeatureStore
 from specforge.data_plane.shared_memory import SharedMemoryFeatureStore
-from specforge.errors import EngineError, FeatureStoreError
 from specforge.inference.serving.jobs import Refused, when_all
-from specforge.inference.serving.service import CaptureService
-from specforge.inference.serving.settings import ServingSettings
-
-
-@pytest.fixture
-def held(target_dir):
-    return HeldEngine(target_dir("qwen3"))
-
-
-@pytest.fixture
-def sink(request):
-    found = arena(f"serving-{abs(hash(request.node.name)) % 10**12}")
-    yield found
-    assert list_of(found) == []
-
-
-def list_of(sink):
-    """What is readable of the run, in the arenas that are there."""
-    with contextlib.closing(SharedMemoryFeatureStore.attach(sink.run_id)) as store:
-        return store.stored()
-
-
-@pytest.fixture
-def serve(held):
-    """Starts a service; stopped, and its sinks closed, at the end."""
-    with contextlib.ExitStack() as services:
-
-        def start(engine=held, **settings):
-            service = CaptureService(engine, ServingSettings(**{"grace_s": WAIT_S, **settings}))
-            service.start()
-            services.callback(service.stop)
-            return service
-
-        yield start
-
-
-def done(service, ticket):
-    """The reply and the inline features."""
-    when_all(ticket.jobs).result(WAIT_S)
-    try:
-        return service.captured(ticket)
-    finally:
-        service.release(ticket)
-
-
-def captured(service, asked):
-    return done(service, service.capture(asked))
 
 
 def read(sink, reply):
@@ -228,56 +192,6 @@ def test_a_store_without_room_is_nobodys_fault_and_a_sample_too_large_is_the_pro
     service.close_sink(CloseSink(small))
 
 
-def test_a_store_that_breaks_is_opened_anew(serve, sink, monkeypatch):
-    service = serve()
-    captured(service, request(item("a"), sink=sink))
-
-    def broken(store, requests):
-        raise FeatureStoreError("the disk is on fire")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(SharedMemoryFeatureStore, "put", broken)
-        with pytest.raises(Refused, match="on fire") as refused:
-            captured(service, request(item("b"), sink=sink))
-    assert refused.value.what == "engine"
-    assert captured(service, request(item("b"), sink=sink))[0].items[0].failure is None
-    # what was put before can still be read, until the run is over
-    assert sorted(list_of(sink)) == [("a", 1), ("b", 1)]
-    service.close_sink(CloseSink(sink))
-
-
-def test_an_engine_that_breaks_is_said_to_have_and_works_on(serve, held, monkeypatch):
-    service = serve()
-
-    def broken(tasks, spec):
-        raise EngineError("out of order")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(held, "capture_together", broken)
-        with pytest.raises(Refused, match="out of order") as refused:
-            captured(service, request(item("a")))
-    assert refused.value.what == "engine"
-    assert captured(service, request(item("a")))[0].items[0].failure is None
-
-
-def test_a_device_that_is_lost_ends_the_service(held):
-    lost = threading.Event()
-    service = CaptureService(held, ServingSettings(), lost.set)
-    service.start()
-
-    def broken(tasks, spec):
-        raise torch.AcceleratorError("device lost")
-
-    held.capture_together = broken
-    with pytest.raises(Refused, match="device lost"):
-        captured(service, request(item("a")))
-    assert lost.wait(WAIT_S)
-    assert isinstance(service.failed, torch.AcceleratorError)
-    with pytest.raises(Refused, match="lost"):
-        captured(service, request(item("b")))
-    assert service.stop()
-
-
 def test_stopping_refuses_what_waits_and_answers_what_runs(serve, held, sink):
     service = serve()
     with held.held():
@@ -361,12 +275,17 @@ def test_a_prompt_that_cannot_be_answered_is_refused(serve, prompt):
     assert refused.value.what == "request"
 
 
-def test_features_that_an_earlier_server_wrote_to_files_are_found_again(serve, held, tmp_path):
+def test_files_of_an_earlier_server_are_nobodys_features_here(serve, held, tmp_path):
     sink = SharedDirSink("run", str(tmp_path))
-    asked = request(item("a"), sink=sink)
-    first, _ = captured(serve(feature_dirs=(tmp_path,)), asked)
-    second, _ = captured(serve(feature_dirs=(tmp_path,)), asked)
-    assert second == first
-    assert held.batches == [["a"]]
+    first, _ = captured(serve(feature_dirs=(tmp_path,)), request(item("a"), sink=sink))
+    later = serve(feature_dirs=(tmp_path,))
+    other = replace(item("a"), input_ids=item("b").input_ids)
+    for asked in (other, item("a")):
+        (one,) = captured(later, request(asked, sink=sink))[0].items
+        assert one.failure.whose == "store"
+        assert "new generation" in one.failure.reason
+    # the store is well, and what is in it stays
+    (new,) = captured(later, request(replace(other, generation=2), sink=sink))[0].items
+    assert new.failure is None
     with contextlib.closing(SharedDirFeatureStore(tmp_path, "run")) as store:
-        assert same_bits(read_from(store, second)[0], in_process(held, item("a")))
+        assert same_bits(read_from(store, first)[0], in_process(held, item("a")))

@@ -31,7 +31,7 @@ from specforge.errors import ConfigError, PromptRefused, ServerBusy, ServerRefus
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.plugins.orders import RECEIPT
 from specforge.inference.plugins.recorder import Recorder, RecorderLimits
-from specforge.inference.plugins.sglang_capture import Rows, _Capture, check_version
+from specforge.inference.plugins.sglang_capture import Rows, _Capture, check_version, limits_of
 from specforge.inference.servers.base import check_info, verify_capture
 from specforge.inference.servers.sglang import SglangServer
 from specforge.inference.target import read_target_info
@@ -239,16 +239,26 @@ def test_drawn_responses_need_a_server_that_draws_by_seed(replay: Replay, server
     }
 
 
-def test_closing_a_sink_is_asked_for_and_never_raises(replay: Replay, server: SglangServer) -> None:
+def test_a_request_that_is_refused_where_one_token_is_taken_is_the_prompts_fault(
+    replay: Replay, server: SglangServer
+) -> None:
+    replay.will("info", "too_long", "info")
+    with pytest.raises(PromptRefused, match="Input length"):
+        server.capture(REQUEST, TIMEOUT_S)
+
+
+def test_closing_a_sink_is_asked_for_and_says_what_went_wrong(replay: Replay, server: SglangServer) -> None:
     sink = SharedMemorySink("run", 1 << 20, 4)
     replay.will("info")
     server.close_sink(sink)
     order = json.loads(replay.asked[-1][1]["sampling_params"]["custom_params"]["specforge"])
     assert order["close"]["sink"]["run_id"] == "run"
     replay.will({"status": 500, "body": None})
-    server.close_sink(sink)
+    with pytest.raises(ServerUnavailable, match="500"):
+        server.close_sink(sink)
     server.close()
-    server.close_sink(sink)
+    with pytest.raises(ServerUnavailable, match="closed"):
+        server.close_sink(sink)
     with pytest.raises(ServerUnavailable):
         server.info(TIMEOUT_S)
 
@@ -258,7 +268,7 @@ def test_closing_a_sink_is_asked_for_and_never_raises(replay: Replay, server: Sg
 
 def test_a_prompt_in_chunks_is_whole_when_every_token_is_known(server: SglangServer, replay: Replay) -> None:
     replay.will("info")
-    recorder = Recorder(RecorderLimits(), lambda hidden: hidden)  # type: ignore[arg-type]
+    recorder = Recorder(RecorderLimits(), lambda hidden: hidden)
     info = replace(server.info(TIMEOUT_S), layers=(1, 3), hidden_size=2)
     capture = _Capture(info, recorder)
     order = {
@@ -287,7 +297,14 @@ def test_a_prompt_in_chunks_is_whole_when_every_token_is_known(server: SglangSer
     missing = receipt_of([(3, 5)])
     assert missing.refusal.what == "request"
     assert "2 of 5 tokens" in missing.refusal.reason
+    # rows that cannot be taken in, and a recorder that is gone: an answer whatever happens
+    right, aux = aux, torch.zeros(5, 3)
+    lost = receipt_of([(0, 2), (2, 5)])
+    assert lost.refusal.what == "engine"
+    aux = right
+    assert receipt_of([(0, 5)]) == whole
     recorder.close()
+    assert receipt_of([(0, 5)]).refusal.what == "engine"
 
 
 class Request:
@@ -297,6 +314,14 @@ class Request:
         self.rid, self.origin_input_ids = rid, input_ids
         self.sampling_params = SimpleNamespace(custom_params={"specforge": order})
         self.customized_info: Any = None
+
+
+def test_options_come_in_environment_variables() -> None:
+    given = {"SPECFORGE_FEATURE_DIRS": "/a:/b", "SPECFORGE_ADVERTISE_HOST": "h", "SPECFORGE_MAX_INLINE_BYTES": "7"}
+    assert limits_of(given) == RecorderLimits(host="h", feature_dirs=("/a", "/b"), max_inline_bytes=7)
+    assert limits_of({"SPECFORGE_FEATURE_DIRS": "", "OTHER": "x"}) == RecorderLimits()
+    with pytest.raises(ConfigError, match="SPECFORGE_MAX_SINKS"):
+        limits_of({"SPECFORGE_MAX_SINKS": "many"})
 
 
 def test_other_versions_of_sglang_are_refused() -> None:

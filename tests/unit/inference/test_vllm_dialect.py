@@ -26,7 +26,7 @@ from specforge.contracts.capture_wire import Refusal
 from specforge.data_plane.tensors import fill, specs_of
 from specforge.errors import PromptRefused, ServerBusy, ServerRefused, ServerUnavailable
 from specforge.inference.plugins.orders import FIELD, RECEIPT, Order, Receipt, read_order, write_order
-from specforge.inference.servers.base import Captured, expected_features
+from specforge.inference.servers.base import Captured
 from specforge.inference.servers.vllm import VllmServer
 
 INFO = ServerInfo(
@@ -62,6 +62,7 @@ class FakeVllm(ThreadingHTTPServer):
         self.bodies: list[dict[str, Any]] = []
         self.broken: tuple[int, bytes] | None = None
         self.refusal: Refusal | None = None
+        self.cut: str | None = None
         self.silent = threading.Event()
         self.released = threading.Event()
 
@@ -89,7 +90,7 @@ class FakeVllm(ThreadingHTTPServer):
         (item,) = order.capture.items
         names = item.sample_id, item.generation, len(prompt)
         if order.capture.sink.kind != "inline":
-            features, num_bytes = expected_features(order.capture.spec, 4, len(prompt))
+            features, num_bytes = order.capture.spec.layout(4, len(prompt))
             return Receipt(self.info, CapturedItem(*names, "shared_memory", "arena:0:1", num_bytes, features))
         tensors = features_of(prompt)
         specs, num_bytes = specs_of(tensors)
@@ -105,7 +106,7 @@ class FakeVllm(ThreadingHTTPServer):
             new = [prompt[-1] + step for step in range(1, body["max_tokens"] + 1)]
             stopped = 31 in new
             new = new[: new.index(31) + 1] if stopped else new
-            reason = "stop" if stopped else "length"
+            reason = self.cut or ("stop" if stopped else "length")
             choices.append({"index": index, "text": "", "token_ids": new, "finish_reason": reason})
         return {"choices": choices[::-1], "kv_transfer_params": None}
 
@@ -225,7 +226,7 @@ def test_refusals_of_the_connector(server: VllmServer, fake: FakeVllm, what: Any
         ((500, b'{"error": {"message": "it broke"}}'), ServerUnavailable, "it broke"),
         ((503, b""), ServerBusy, "503"),
         ((429, b""), ServerUnavailable, "429"),
-        ((400, b'{"error": {"message": "no such field"}}'), ServerRefused, "no such field"),
+        ((400, b'{"error": {"message": "too long"}}'), PromptRefused, "too long"),  # one token is taken
         ((404, b"<html>"), ServerRefused, "no vLLM server"),
         ((200, b"{"), ServerUnavailable, "not JSON"),
         ((200, b"[]"), ServerUnavailable, "what is none: AttributeError"),
@@ -311,6 +312,14 @@ def test_responses_are_in_the_order_of_the_prompts(server: VllmServer, fake: Fak
     assert (body["repetition_penalty"], body["min_p"], body["return_token_ids"]) == (1.0, 0.0, True)
 
 
+@pytest.mark.parametrize("reason", ["abort", "error", "repetition"])
+def test_response_that_was_cut_short_is_none(server: VllmServer, fake: FakeVllm, reason: str):
+    """It would be recorded as the target's, for good."""
+    fake.cut = reason
+    with pytest.raises(ServerUnavailable, match=f"ended by '{reason}'"):
+        server.generate(GenerateRequest(((1, 2),), Generate(4)), TIMEOUT_S)
+
+
 def test_what_cannot_be_generated_is_refused_before_it_is_asked_for(server: VllmServer, fake: FakeVllm):
     for prompt, reason in (((), "no tokens"), ((99,), "vocabulary"), ((1,) * 98, "98 tokens before 4 new")):
         with pytest.raises(PromptRefused, match=reason):
@@ -324,10 +333,11 @@ def test_what_cannot_be_generated_is_refused_before_it_is_asked_for(server: Vllm
     assert all(write_order(Order()) == body["kv_transfer_params"][FIELD] for body in fake.bodies)
 
 
-def test_sink_is_closed_by_an_order_and_a_server_that_is_gone_is_no_error(server: VllmServer, fake: FakeVllm):
+def test_sink_is_closed_by_an_order_and_a_server_that_is_gone_says_so(server: VllmServer, fake: FakeVllm):
     server.close_sink(MEMORY)
     close = read_order(fake.bodies[-1]["kv_transfer_params"][FIELD]).close
     assert close is not None
     assert close.sink == MEMORY
     fake.broken = 500, b""
-    server.close_sink(MEMORY)
+    with pytest.raises(ServerUnavailable, match="500"):
+        server.close_sink(MEMORY)

@@ -18,7 +18,7 @@ from typing import Any
 from specforge.contracts.capture_server import CapturedItem, CaptureRequest, CloseSink, ServerInfo
 from specforge.contracts.capture_wire import CAPTURE, CLOSE_SINK, Refusal, read_capture
 from specforge.contracts.codec import Form
-from specforge.errors import ContractError
+from specforge.errors import ContractError, SpecForgeError, TargetError, UserError
 
 FIELD = "specforge"
 NUM_HOLD_TOKENS = 4
@@ -73,6 +73,32 @@ def read_order(value: Any) -> Order:
     if len(request.items) != 1 or request.items[0].input_ids:
         raise ContractError("expected one sample without its tokens: they are those of the completion's prompt")
     return Order(capture=request)
+
+
+def check_capture(request: CaptureRequest, info: ServerInfo, more_layers: str) -> None:
+    """Raise ``TargetError`` or ``ContractError`` for a capture that the engine of ``info`` cannot do.
+
+    ``more_layers``: how the engine is started so that it has the layers that are missing.
+    """
+    if request.target_revision not in (None, info.target_revision):
+        raise TargetError(
+            f"this server has another target: revision {info.target_revision:.16}, asked for was "
+            f"{request.target_revision:.16}"
+        )
+    missing = [layer for layer in request.spec.aux_layers if layer not in (info.layers or ())]
+    if missing:
+        raise ContractError(f"layers {missing} are not captured here, only {list(info.layers or ())}; {more_layers}")
+    if request.sink.kind not in info.sinks:
+        raise ContractError(f"this server does not write to {request.sink.kind}, only to {', '.join(info.sinks)}")
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """What an order that led to ``error`` is answered with."""
+    if isinstance(error, TargetError):
+        return Refusal("model", str(error))
+    if isinstance(error, UserError | ContractError):
+        return Refusal("request", str(error))
+    return Refusal("engine", str(error) if isinstance(error, SpecForgeError) else f"{type(error).__name__}: {error}")
 
 
 def _text(value: Any) -> str:

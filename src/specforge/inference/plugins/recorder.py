@@ -6,12 +6,14 @@ Legend: S tokens, H hidden size.
 from __future__ import annotations
 
 import base64
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from specforge.contracts.capture_server import (
     CaptureRequest,
     InlineSink,
     ItemFailure,
+    MooncakeSink,
     SharedDirSink,
     SharedMemorySink,
     Sink,
@@ -40,13 +43,13 @@ from specforge.errors import (
     FeatureStoreError,
     FeatureStoreFull,
     FeatureTooLarge,
-    SpecForgeError,
-    UserError,
 )
-from specforge.inference.plugins.target_files import FinalNorm
+from specforge.inference.plugins.orders import refusal_of
 
 MAX_REMEMBERED = 65_536
 """Items of one sink that a repeated request is answered with."""
+MAX_RECONNECT_S = 5.0
+"""How long the engine may wait for a Mooncake master that is away, whatever a sink says."""
 MAX_SNAPSHOT_BYTES = 1 << 30
 """Of hidden states that are waiting to be put. More wait for the first of them."""
 
@@ -86,6 +89,12 @@ def read_limits(options: dict[str, Any]) -> RecorderLimits:
     return RecorderLimits(**values | {"feature_dirs": tuple(values.get("feature_dirs", ()))})
 
 
+def sinks_of(limits: RecorderLimits) -> tuple[str, ...]:
+    """Kinds of sinks that can be written to here."""
+    directories = ["shared_dir"] if limits.feature_dirs else []
+    return ("inline", "shared_memory", *directories, *(["mooncake"] if find_spec("mooncake") is not None else []))
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What becomes of an order. Both ``None``: done, there is nothing to say."""
@@ -99,7 +108,8 @@ class Outcome:
 class _OpenSink:
     store: FeatureStore
     used_at: float
-    items: OrderedDict[tuple[str, int], CapturedItem] = field(default_factory=OrderedDict)
+    items: OrderedDict[tuple[str, int], tuple[CapturedItem, bytes]] = field(default_factory=OrderedDict)
+    """By (sample_id, generation), with the digest of what was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +132,25 @@ class Recorder:
 
     Driven by the engine's steps, in one thread: :meth:`start_step`, any number of submissions, :meth:`collect`. What a
     step submits is collected by the next one at the earliest, so that the puts run beside the engine's computation.
+
+    ``norm`` [S, H] -> [S, H]: the final norm; ``None`` where no request may ask for ``last``. ``named``: how the user
+    of this engine writes an option.
     """
 
     def __init__(
-        self, limits: RecorderLimits, norm: FinalNorm | None, clock: Callable[[], float] = time.monotonic
+        self,
+        limits: RecorderLimits,
+        norm: Callable[[Tensor], Tensor] | None,
+        clock: Callable[[], float] = time.monotonic,
+        named: Callable[[str], str] = str,
     ) -> None:
         self._limits = limits
         self._norm = norm
         self._clock = clock
+        self._named = named
+        self._step = 0
+        self._failures: dict[Sink, tuple[int, str]] = {}
+        """Of sinks that failed: in a job of which step at the latest, and why."""
         self._sinks: dict[Sink, _OpenSink] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="specforge-recorder")
         self._submitted: list[_Job] = []
@@ -140,6 +161,7 @@ class Recorder:
         """What was submitted until now is due at the next :meth:`collect`."""
         self._due += self._submitted
         self._submitted = []
+        self._step += 1
 
     def submit_capture(self, ticket: str, request: CaptureRequest, token_ids: Sequence[int], hidden: Tensor) -> None:
         """Record ``request``, of one sample, from ``hidden`` [n, S, H], which nobody else writes to.
@@ -149,10 +171,11 @@ class Recorder:
         """
         item = request.items[0]
         asked = replace(request, items=(CaptureItem(item.sample_id, item.generation, tuple(token_ids)),))
+        step = self._step
         ready, num_bytes = _event(hidden), hidden.numel() * hidden.element_size()
         while (waiting := self._waiting()) and num_bytes + sum(job.num_bytes for job in waiting) > MAX_SNAPSHOT_BYTES:
             waiting[0].future.result()
-        self._submit(ticket, lambda: self._capture(asked, hidden, ready), num_bytes)
+        self._submit(ticket, lambda: self._capture(asked, hidden, ready, step), num_bytes)
 
     def submit_close(self, ticket: str, sink: Sink) -> None:
         """Let go of ``sink``, and of the features that only it holds."""
@@ -183,12 +206,24 @@ class Recorder:
         self._submitted.append(_Job(ticket, self._writer.submit(_answered, work), num_bytes))
 
     def _close(self, sink: Sink) -> Outcome:
+        self._failures.pop(sink, None)
         opened = self._sinks.pop(sink, None)
         if opened is not None:
             opened.store.close()
         return Outcome()
 
-    def _capture(self, request: CaptureRequest, hidden: Tensor, ready: Any) -> Outcome:
+    def _capture(self, request: CaptureRequest, hidden: Tensor, ready: Any, step: int) -> Outcome:
+        failed_in, why = self._failures.get(request.sink, (-1, ""))
+        if step <= failed_in:
+            # the engine waits for every put: one wait a step for a store that is away is enough
+            raise _refused("engine", why)
+        try:
+            return self._captured(request, hidden, ready)
+        except FeatureStoreError as error:
+            self._failures[request.sink] = step, str(error)
+            raise
+
+    def _captured(self, request: CaptureRequest, hidden: Tensor, ready: Any) -> Outcome:
         with self._beside(ready, hidden.device):
             known = self._known(request)
             if known is not None:
@@ -237,7 +272,7 @@ class Recorder:
             raise
         num_tokens, parts = len(item.input_ids), (stored.store, stored.key, stored.num_bytes, stored.features)
         found = CapturedItem(item.sample_id, item.generation, num_tokens, *parts)
-        opened.items[item.sample_id, item.generation] = found
+        opened.items[item.sample_id, item.generation] = found, _digest(request)
         while len(opened.items) > MAX_REMEMBERED:
             opened.items.popitem(last=False)
         return Outcome(found)
@@ -246,10 +281,12 @@ class Recorder:
         item = request.items[0]
         specs, num_bytes = specs_of(tensors)
         if num_bytes > self._limits.max_inline_bytes:
-            raise _refused(
-                "request",
-                f"the features of sample {item.sample_id!r} have {num_bytes:,} bytes, inline answers at most "
-                f"{self._limits.max_inline_bytes:,}; use a feature store, or a larger max_inline_bytes",
+            return _failed(
+                request,
+                "prompt",
+                f"the features of {len(item.input_ids)} tokens have {num_bytes:,} bytes, inline answers at most "
+                f"{self._limits.max_inline_bytes:,}; use a feature store, shorter samples, or a larger "
+                f"{self._named('max_inline_bytes')}",
             )
         buffer = torch.zeros(num_bytes, dtype=torch.uint8)
         fill(buffer, specs, tensors)
@@ -261,12 +298,17 @@ class Recorder:
         """The answer to a sample and generation that was put before; ``None`` for one that was not."""
         opened = self._sinks.get(request.sink)
         item = request.items[0]
-        found = opened.items.get((item.sample_id, item.generation)) if opened is not None else None
-        if opened is None or found is None:
+        remembered = opened.items.get((item.sample_id, item.generation)) if opened is not None else None
+        if opened is None or remembered is None:
             return None
+        found, digest = remembered
         opened.used_at = self._clock()
+        if digest != _digest(request):
+            return _failed(
+                request, "store", "it was captured from other tokens or for another spec; ask with a new generation"
+            )
         if not opened.store.live([_ref(found)])[0]:
-            return _failed(request, "store", "its features were freed; ask for it with another generation")
+            return _failed(request, "store", "its features were freed; ask with a new generation")
         return Outcome(found)
 
     def _opened(self, sink: Sink) -> _OpenSink:
@@ -274,7 +316,11 @@ class Recorder:
         if opened is None:
             self._check_permitted(sink)
             self._make_room()
-            opened = self._sinks[sink] = _OpenSink(open_sink(sink, self._limits.host), 0.0)
+            clamped = sink
+            if isinstance(sink, MooncakeSink):
+                clamped = replace(sink, reconnect_s=min(sink.reconnect_s, MAX_RECONNECT_S))
+            opened = self._sinks[sink] = _OpenSink(open_sink(clamped, self._limits.host), 0.0)
+            self._failures.pop(sink, None)
         opened.used_at = self._clock()
         return opened
 
@@ -285,8 +331,8 @@ class Recorder:
                 permitted = ", ".join(self._limits.feature_dirs) or "none"
                 raise _refused(
                     "request",
-                    f"{sink.path} is not below a directory that this server may write to ({permitted}); name it in "
-                    "feature_dirs of its kv_connector_extra_config",
+                    f"{sink.path} is not below a directory that this server may write to ({permitted}); start it with "
+                    f"that in {self._named('feature_dirs')}",
                 )
         if isinstance(sink, SharedMemorySink):
             taken = sum(other.capacity_bytes for other in self._sinks if isinstance(other, SharedMemorySink))
@@ -295,7 +341,7 @@ class Recorder:
                     "request",
                     f"an arena of {sink.capacity_bytes:,} bytes beside {taken:,} is more than the "
                     f"{self._limits.max_feature_bytes:,} of this server; make the run's store smaller or "
-                    "max_feature_bytes larger",
+                    f"{self._named('max_feature_bytes')} larger",
                 )
 
     def _make_room(self) -> None:
@@ -305,8 +351,8 @@ class Recorder:
         if self._clock() - self._sinks[oldest].used_at < self._limits.sink_idle_s:
             raise _refused(
                 "busy",
-                f"{len(self._sinks)} feature stores are open here, the most that max_sinks allows; end a run, or "
-                "start the server with more",
+                f"{len(self._sinks)} feature stores are open here, the most that {self._named('max_sinks')} allows; "
+                "end a run, or start the server with more",
             )
         _leave(self._sinks.pop(oldest).store)
 
@@ -317,12 +363,8 @@ def _answered(work: Callable[[], Outcome]) -> Outcome:
         return work()
     except Refused as refused:
         return Outcome(refusal=refused.refusal)
-    except UserError as error:
-        return Outcome(refusal=Refusal("request", str(error)))
-    except SpecForgeError as error:
-        return Outcome(refusal=Refusal("engine", str(error)))
     except Exception as error:  # noqa: BLE001 - the boundary to the engine
-        return Outcome(refusal=Refusal("engine", f"{type(error).__name__}: {error}"))
+        return Outcome(refusal=refusal_of(error))
 
 
 def _event(hidden: Tensor) -> Any:
@@ -342,6 +384,12 @@ def _failed(request: CaptureRequest, whose: Any, reason: str) -> Outcome:
 
 def _refused(what: Any, reason: str) -> Refused:
     return Refused(Refusal(what, reason))
+
+
+def _digest(request: CaptureRequest) -> bytes:
+    """Of the tokens, and of what is captured of them."""
+    tokens = torch.tensor(request.items[0].input_ids, dtype=torch.int64).numpy().tobytes()
+    return hashlib.sha256(request.spec.fingerprint.encode() + tokens).digest()
 
 
 def _ref(item: CapturedItem) -> SampleRef:

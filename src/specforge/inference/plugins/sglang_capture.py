@@ -18,22 +18,21 @@ import atexit
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from specforge.contracts.capture_server import PROTOCOL, CaptureRequest, ServerInfo
+from specforge.contracts.capture_server import PROTOCOL, ServerInfo
 from specforge.contracts.capture_wire import Refusal
 from specforge.errors import ConfigError, ContractError, SpecForgeError, TargetError
-from specforge.inference.plugins.orders import FIELD, RECEIPT, Receipt, read_order
-from specforge.inference.plugins.recorder import Outcome, Recorder, RecorderLimits
-from specforge.inference.plugins.target_files import FinalNorm, read_revision
+from specforge.inference.plugins.orders import FIELD, RECEIPT, Receipt, check_capture, read_order, refusal_of
+from specforge.inference.plugins.recorder import Outcome, Recorder, RecorderLimits, read_limits, sinks_of
+from specforge.inference.plugins.target_files import read_revision
 
 TESTED = ("0.5.23",)
 """Versions of SGLang that the hooks were tested with. Others are refused: they may have moved what is hooked."""
@@ -41,12 +40,8 @@ TESTED = ("0.5.23",)
 RID_PREFIX = "specforge-"
 """Of the ids of requests that come with an order."""
 
-FEATURE_DIRS = "SPECFORGE_FEATURE_DIRS"
-"""Environment variable, as SGLang passes a plug-in no options: directories, separated by ``:``, below which a
-``shared_dir`` may be.
-"""
-ADVERTISE_HOST = "SPECFORGE_ADVERTISE_HOST"
-"""Environment variable: this host's own address, for stores that others connect to."""
+OPTIONS = ("feature_dirs", "advertise_host", "max_sinks", "max_feature_bytes", "max_inline_bytes", "sink_idle_s")
+"""As SGLang passes a plug-in no options, these are environment variables (:func:`variable_of`)."""
 
 logger = logging.getLogger("sglang.specforge")
 
@@ -147,6 +142,8 @@ class _Capture:
         self._info = info
         self._recorder = recorder
         self._prompts: WeakKeyDictionary[Any, _Prompt] = WeakKeyDictionary()
+        self._lost: WeakKeyDictionary[Any, Exception] = WeakKeyDictionary()
+        """Requests of which rows were lost, and why, before the prompt was whole."""
 
     def rows_of(self, output: Any, forward: Any) -> DeviceRows | None:
         """The rows of ``forward`` that are ours, copied on the device: its buffers are used again."""
@@ -176,29 +173,42 @@ class _Capture:
 
     def consume(self, batch: Any, rows: Sequence[Rows], commits: Sequence[Any]) -> None:
         """Take ``rows`` in; record the prompts that are whole, and add their receipts. Never raises."""
-        whole: list[Any] = []
-        self._recorder.start_step()
-        for row in rows:
-            request = batch.reqs[row.index]
-            if request.rid != row.rid:
-                logger.error("SpecForge: request %s has the rows of %s", request.rid, row.rid)
+        try:
+            self._take_in(batch, rows, commits)
+            self._recorder.start_step()
+            outcomes = self._recorder.collect()
+            lost = Outcome()
+        except Exception as error:
+            logger.exception("SpecForge: the rows of a step are lost")
+            outcomes, lost = {}, Outcome(refusal=Refusal("engine", f"{type(error).__name__}: {error}"))
+        rids = {row.rid for row in rows}
+        for request, commit in zip(batch.reqs, commits, strict=False):
+            if commit is None or request is None or request.rid not in rids:
                 continue
-            try:
-                self._add(request, row)
-                if commits[row.index] is not None:
-                    whole.append(request)
-                    self._submit(request)
-            except Exception as error:  # noqa: BLE001 - the engine must survive
-                self._recorder.answer(row.rid, _refusal(error))
-        self._recorder.start_step()
-        outcomes = self._recorder.collect()
-        for request in whole:
             self._prompts.pop(request, None)
-            outcome = outcomes.get(request.rid, Outcome())
-            receipt = RECEIPT.write(Receipt(self._info, outcome.item, outcome.refusal, outcome.data)).decode()
+            outcome = outcomes.get(request.rid, lost)
+            try:
+                receipt = RECEIPT.write(Receipt(self._info, outcome.item, outcome.refusal, outcome.data)).decode()
+            except Exception as error:  # noqa: BLE001 - the engine must survive
+                receipt = RECEIPT.write(Receipt(self._info, refusal=refusal_of(error))).decode()
             request.customized_info = (request.customized_info or {}) | {FIELD: [receipt]}
 
+    def _take_in(self, batch: Any, rows: Sequence[Rows], commits: Sequence[Any]) -> None:
+        for row in rows:
+            request = batch.reqs[row.index]
+            try:
+                self._add(request, row)
+            except Exception as error:  # noqa: BLE001 - one request's failure
+                self._lost[request] = error
+            if commits[row.index] is not None:
+                try:
+                    self._submit(request)
+                except Exception as error:  # noqa: BLE001 - one request's failure
+                    self._recorder.answer(row.rid, refusal_of(error))
+
     def _add(self, request: Any, rows: Rows) -> None:
+        if request.rid != rows.rid:
+            raise RuntimeError(f"SGLang gave the rows of {rows.rid} for request {request.rid}")
         if rows.last is None:
             return
         prompt = self._prompts.get(request)
@@ -210,11 +220,16 @@ class _Capture:
 
     def _submit(self, request: Any) -> None:
         """Carry out the order of a request whose prompt is whole."""
+        lost = self._lost.pop(request, None)
+        if lost is not None:
+            raise lost
         order = read_order(_order_of(request.sampling_params.custom_params))
         if order.close is not None:
             self._recorder.submit_close(request.rid, order.close.sink)
         if order.capture is not None:
-            self._check(order.capture)
+            asked = " ".join(map(str, sorted(order.capture.spec.aux_layers)))
+            more_layers = f"start SGLang with --return-aux-hidden-state-layer-ids {asked}"
+            check_capture(order.capture, self._info, more_layers)
             prompt = self._prompts.get(request)
             if prompt is None or not bool(prompt.is_known.all()):
                 known = 0 if prompt is None else int(prompt.is_known.sum())
@@ -227,22 +242,6 @@ class _Capture:
             token_ids = list(request.origin_input_ids)
             self._recorder.submit_capture(request.rid, order.capture, token_ids, prompt.hidden[wanted])
 
-    def _check(self, request: CaptureRequest) -> None:
-        info = self._info
-        if request.target_revision not in (None, info.target_revision):
-            raise TargetError(
-                f"this server has another target: revision {info.target_revision:.16}, asked for was "
-                f"{request.target_revision:.16}"
-            )
-        missing = [layer for layer in request.spec.aux_layers if layer not in (info.layers or ())]
-        if missing:
-            raise ContractError(
-                f"layers {missing} are not captured here, only {list(info.layers or ())}; start SGLang with "
-                f"--return-aux-hidden-state-layer-ids {' '.join(map(str, sorted(request.spec.aux_layers)))}"
-            )
-        if request.sink.kind not in info.sinks:
-            raise ContractError(f"this server does not write to {request.sink.kind}, only to {', '.join(info.sinks)}")
-
 
 def _scheduler_made(_result: Any, scheduler: Any, *_arguments: Any, **_options: Any) -> None:
     """Behind ``Scheduler.__init__``: the model is loaded, nothing has been served."""
@@ -251,12 +250,12 @@ def _scheduler_made(_result: Any, scheduler: Any, *_arguments: Any, **_options: 
     if get_parallel().tp_rank != 0:
         return  # every rank has the same hidden states
     try:
-        info = _server_info(scheduler)
+        limits = limits_of(os.environ)
+        info = _server_info(scheduler, limits)
     except SpecForgeError as error:
         logger.error("SpecForge: no capture: %s", error)  # noqa: TRY400 - the message says it all
         return
-    limits = RecorderLimits(os.environ.get(ADVERTISE_HOST, "127.0.0.1"), _feature_dirs())
-    recorder = Recorder(limits, cast("FinalNorm", _as_it_is))
+    recorder = Recorder(limits, _as_it_is, named=variable_of)
     atexit.register(recorder.close)
     _captures[:] = [_Capture(info, recorder)]
     logger.info(
@@ -276,7 +275,7 @@ def _sampled(_result: Any, _runner: Any, logits_output: Any, forward_batch: Any)
     logits_output.auxiliary_device_output = append_auxiliary_output(logits_output.auxiliary_device_output, rows)
 
 
-def _server_info(scheduler: Any) -> ServerInfo:
+def _server_info(scheduler: Any, limits: RecorderLimits) -> ServerInfo:
     """What the server of ``scheduler`` is. Raises ``ConfigError`` or ``TargetError`` for one that cannot capture."""
     import sglang  # noqa: PLC0415
     from sglang.srt.runtime_context import get_disagg, get_exec, get_model, get_parallel  # noqa: PLC0415
@@ -299,9 +298,6 @@ def _server_info(scheduler: Any) -> ServerInfo:
     directory = Path(get_model().model_path)
     if not directory.is_dir():
         raise TargetError(f"{directory} is not a directory; serve the target from a local one")
-    sinks = ["inline", "shared_memory"]
-    sinks += ["shared_dir"] if _feature_dirs() else []
-    sinks += ["mooncake"] if find_spec("mooncake") is not None else []
     return ServerInfo(
         protocol=PROTOCOL,
         engine="sglang",
@@ -314,7 +310,7 @@ def _server_info(scheduler: Any) -> ServerInfo:
         # SGLang captures as its layers run
         layers=tuple(sorted(layers)),
         last_hidden=True,
-        sinks=tuple(sinks),
+        sinks=sinks_of(limits),
         strict=False,
         max_tokens=scheduler.max_req_input_len - 1,
         max_in_flight=scheduler.max_running_requests,
@@ -329,18 +325,29 @@ def _order_of(custom_params: Any) -> Any:
         raise ContractError(f"expected custom_params with the text of a JSON object as {FIELD!r}") from None
 
 
-def _feature_dirs() -> tuple[str, ...]:
-    return tuple(path for path in os.environ.get(FEATURE_DIRS, "").split(os.pathsep) if path)
+def variable_of(option: str) -> str:
+    """The environment variable of an option: ``SPECFORGE_FEATURE_DIRS`` (separated by ``:``), ..."""
+    return f"SPECFORGE_{option.upper()}"
+
+
+def limits_of(environment: Mapping[str, str]) -> RecorderLimits:
+    """From the variables of ``OPTIONS``. Raises ``ConfigError`` for what is none of their values."""
+    options: dict[str, Any] = {}
+    for option in OPTIONS:
+        text = environment.get(variable_of(option))
+        if not text:
+            continue
+        if option == "feature_dirs":
+            options[option] = [path for path in text.split(os.pathsep) if path]
+        elif option == "advertise_host":
+            options[option] = text
+        elif text.isdigit():
+            options[option] = int(text)
+        else:
+            raise ConfigError(f"{variable_of(option)}: expected a whole number, got {text!r}")
+    return read_limits(options)
 
 
 def _as_it_is(hidden: Tensor) -> Tensor:
     """SGLang has applied the final norm."""
     return hidden
-
-
-def _refusal(error: Exception) -> Refusal:
-    if isinstance(error, ContractError):
-        return Refusal("request", str(error))
-    if isinstance(error, TargetError):
-        return Refusal("model", str(error))
-    return Refusal("engine", f"{type(error).__name__}: {error}")

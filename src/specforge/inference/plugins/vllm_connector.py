@@ -23,7 +23,6 @@ import json
 import logging
 import re
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
+from vllm.v1.request import RequestStatus
 
 from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.capture_server import PROTOCOL, CaptureRequest, ServerInfo, Sink
@@ -51,19 +51,24 @@ from specforge.inference.plugins.orders import (
     RECEIPT,
     Order,
     Receipt,
+    check_capture,
     read_order,
+    refusal_of,
 )
-from specforge.inference.plugins.recorder import Outcome, Recorder, RecorderLimits, read_limits
+from specforge.inference.plugins.recorder import Outcome, Recorder, RecorderLimits, read_limits, sinks_of
 from specforge.inference.plugins.target_files import FinalNorm, read_final_norm, read_revision
 
 OLDEST = (0, 32)
 """The first version of vLLM that has what is used here."""
 
 UNWRITTEN = Refusal(
-    "engine",
+    "busy",
     "vLLM did not write the hidden states of all tokens of this prompt; ask again, and if that does not help start "
     "it without prefix caching",
 )
+"""Nobody is to blame: beside a request that is near the longest sequence vLLM extracts nothing in a step."""
+
+WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 logger = logging.getLogger("vllm.specforge")
 
@@ -80,9 +85,12 @@ class CaptureBlocks:
 
 @dataclass
 class StepOrders(KVConnectorMetadata):  # type: ignore[misc]
-    """From the scheduler to the worker, for one step. ``fresh_blocks``: blocks whose content is void from here on."""
+    """From the scheduler to the worker, for one step. ``fresh_blocks``: blocks whose content is void from here on;
+    ``copies``: (from, to) of blocks that vLLM copies before the step.
+    """
 
     fresh_blocks: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
     captures: list[CaptureBlocks] = field(default_factory=list)
     closes: list[tuple[str, Sink]] = field(default_factory=list)
 
@@ -244,7 +252,7 @@ class SpecForgeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._orders is not None
-        return False, self._orders.finish(request.request_id)
+        return False, self._orders.finish(request.request_id, request.status in WHOLE)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
@@ -287,15 +295,13 @@ class _Orders:
             pending.order = read_order(parameters[FIELD])
             self._check(pending.order, token_ids)
             pending.token_ids = list(token_ids or ())
-        except ContractError as error:
-            pending.outcome = Outcome(refusal=Refusal("request", str(error)))
-        except TargetError as error:
-            pending.outcome = Outcome(refusal=Refusal("model", str(error)))
+        except Exception as error:  # noqa: BLE001 - the engine must survive
+            pending.outcome = Outcome(refusal=refusal_of(error))
         self._pending[request.request_id] = pending
 
     def of_step(self, scheduled: Any) -> StepOrders:
         """What the worker has to do in the step of ``scheduled``."""
-        step = StepOrders()
+        step = StepOrders(copies=[(int(old), int(new)) for old, new in scheduled.kv_cache_block_copies or ()])
         group, block_size = self._setup.group, self._setup.block_size
         for new in scheduled.scheduled_new_reqs:
             step.fresh_blocks += new.block_ids[group][new.num_computed_tokens // block_size :]
@@ -320,8 +326,8 @@ class _Orders:
                     # or the next request with these tokens would find them in the prefix cache, and fail as well
                     self.pool.evict_blocks(set(pending.blocks))
 
-    def finish(self, request_id: str) -> dict[str, Any] | None:
-        """The receipt; ``None`` for a request without an order."""
+    def finish(self, request_id: str, is_whole: bool) -> dict[str, Any] | None:
+        """The receipt; ``None`` for a request without an order. ``is_whole``: it ended by itself, nobody gave it up."""
         pending = self._pending.pop(request_id, None)
         if pending is None:
             return None
@@ -331,7 +337,7 @@ class _Orders:
                 "the request ended before its order was carried out; ask for a completion of "
                 f"{NUM_HOLD_TOKENS} tokens that nothing ends earlier"
             )
-            outcome = Outcome(refusal=Refusal("request", reason))
+            outcome = Outcome(refusal=Refusal("request" if is_whole else "busy", reason))
         outcome = outcome or Outcome()
         receipt = Receipt(self._info, outcome.item, outcome.refusal, outcome.data)
         return {FIELD: json.loads(RECEIPT.write(receipt))}
@@ -358,24 +364,13 @@ class _Orders:
             return
         if not token_ids:
             raise ContractError("expected a prompt of token ids, got none")
-        if request.target_revision not in (None, info.target_revision):
-            raise TargetError(
-                f"this server has another target: revision {info.target_revision:.16}, asked for was "
-                f"{request.target_revision:.16}"
-            )
-        missing = [layer for layer in request.spec.aux_layers if layer not in (info.layers or ())]
-        if missing:
-            raise ContractError(
-                f"layers {missing} are not extracted here, only {list(info.layers or ())}; start vLLM with "
-                f"eagle_aux_hidden_state_layer_ids that have {[layer + 1 for layer in missing]}"
-            )
+        ids = [layer + 1 for layer in request.spec.aux_layers]
+        check_capture(request, info, f"start vLLM with eagle_aux_hidden_state_layer_ids that have {ids}")
         if request.spec.last_hidden and not info.last_hidden:
             raise ContractError(
                 "the last hidden state is not captured here; start vLLM with eagle_aux_hidden_state_layer_ids that "
                 f"have {self._setup.num_layers} (a target whose final norm is known)"
             )
-        if request.sink.kind not in info.sinks:
-            raise ContractError(f"this server does not write to {request.sink.kind}, only to {', '.join(info.sinks)}")
 
 
 class _Blocks:
@@ -405,14 +400,17 @@ class _Blocks:
         self._written = torch.zeros(self._cache.shape[0], self._setup.block_size, dtype=torch.bool, device=device)
         norm = self._setup.norm()
         norm = norm and dataclasses.replace(norm, weight=norm.weight.to(device))
-        self._recorder = Recorder(self._setup.limits, norm)
+        self._recorder = Recorder(self._setup.limits, norm, named="{} of kv_connector_extra_config".format)
 
     def start_step(self, orders: StepOrders) -> None:
         if self._recorder is None:
             return
         self._recorder.start_step()
-        if orders.fresh_blocks:
-            self._written[torch.tensor(orders.fresh_blocks, device=self._written.device)] = False
+        device = self._written.device
+        old, new = torch.tensor(orders.copies, dtype=torch.long, device=device).view(-1, 2).unbind(dim=1)
+        copied = self._written[old]
+        self._written[torch.tensor(orders.fresh_blocks, dtype=torch.long, device=device)] = False
+        self._written[new] = copied
 
     def note_written(self, layer_name: str, attn_metadata: Any) -> None:
         if layer_name == self._layer_name:
@@ -470,6 +468,11 @@ def _check_engine(vllm_config: Any) -> None:
             "capture works with tensor parallelism alone; start a server for every data-parallel replica, without "
             "pipeline stages"
         )
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise ConfigError(
+            "capture needs all tokens of a prompt in every rank; start vLLM without context parallelism (decode and "
+            "prefill)"
+        )
 
 
 def _server_info(setup: _Setup, vllm_config: Any) -> ServerInfo:
@@ -479,9 +482,6 @@ def _server_info(setup: _Setup, vllm_config: Any) -> ServerInfo:
             f"{setup.directory} is not a directory: serve the target from a local one, or name it as 'target' in "
             "kv_connector_extra_config (its weights are what features are checked by)"
         )
-    sinks = ["inline", "shared_memory"]
-    sinks += ["shared_dir"] if setup.limits.feature_dirs else []
-    sinks += ["mooncake"] if find_spec("mooncake") is not None else []
     return ServerInfo(
         protocol=PROTOCOL,
         engine="vllm",
@@ -493,7 +493,7 @@ def _server_info(setup: _Setup, vllm_config: Any) -> ServerInfo:
         dtype=str(model.dtype).removeprefix("torch."),
         layers=tuple(layer - 1 for layer in setup.ids if layer),
         last_hidden=setup.norm() is not None,
-        sinks=tuple(sinks),
+        sinks=sinks_of(setup.limits),
         strict=False,
         max_tokens=model.max_model_len - NUM_SPARE_TOKENS,
         max_in_flight=vllm_config.scheduler_config.max_num_seqs,

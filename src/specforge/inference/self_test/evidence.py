@@ -33,6 +33,10 @@ TOLERANCES = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2, FLOAT8: 6e-2}
 """How far, relative to its norm, a row may be from the same row that was computed in another way, by number format."""
 SLACK = 3.0
 """The worst of many rows may be this many times as far as a usual one."""
+LONG_TOKENS = 3072
+"""Of the long prompt: one and a half times the tokens that engines usually compute in one step."""
+MAX_LONG_BYTES = 48 << 20
+"""Of its features where they are in the answer."""
 
 
 class Oracle(Protocol):
@@ -49,6 +53,7 @@ class SelfTest:
 
     ``tables``: the target's embedding and head, on the CPU. ``prompts``: token ids of the run, as many or few as there
     are. ``oracle``: the target itself; without one, layer ids are not verified. ``timeout_s``: of one request.
+    ``long_tokens``: of the one long prompt at most, where the server takes as many.
     """
 
     target: TargetInfo
@@ -59,6 +64,7 @@ class SelfTest:
     prompts: Sequence[Sequence[int]] = ()
     oracle: Oracle | None = None
     timeout_s: float = 300.0
+    long_tokens: int = LONG_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,8 @@ class Evidence:
     ``at_once`` with the requests of all others in flight, ``joined`` as an item of one request (in reverse order).
 
     ``next_tokens`` of ``prompts.next_rows``: what the engine generates there, ``None`` for nothing. None at all where
-    the server does not generate, for the reason ``no_generation``.
+    the server does not generate, for the reason ``no_generation``. ``long``: features of ``prompts.long``, or why there
+    are none.
     """
 
     info: ServerInfo
@@ -79,6 +86,7 @@ class Evidence:
     next_tokens: list[int | None]
     no_generation: str
     tolerance: float
+    long: Features | str
 
 
 class CaptureFailed(Exception):
@@ -103,7 +111,26 @@ def collect(server: CaptureServer, info: ServerInfo, test: SelfTest, prompts: Pr
         at_once = [features for (features,) in pool.map(lambda row: asker.ask([row]), rows)]
     joined = asker.ask(rows[::-1])[::-1]
     next_tokens, why = _generated(server, test, prompts)
-    return Evidence(info, prompts, alone, again, at_once, joined, next_tokens, why, tolerance_of(info, test.spec))
+    tolerance = tolerance_of(info, test.spec)
+    return Evidence(info, prompts, alone, again, at_once, joined, next_tokens, why, tolerance, _long(asker, prompts))
+
+
+def long_tokens_of(test: SelfTest, max_tokens: int, short_rope: int | None) -> int:
+    """Tokens of the long prompt: no more than have the RoPE of the short ones (``short_rope``), or fit an answer."""
+    room = test.long_tokens
+    if test.sink.kind == "inline":
+        room = min(room, MAX_LONG_BYTES // test.spec.layout(test.target.hidden_size, 1)[1])
+    return min(room, max_tokens, short_rope or max_tokens)
+
+
+def _long(asker: _Asker, prompts: PromptSet) -> Features | str:
+    if not prompts.long:
+        return "the server takes no prompt that is long enough"
+    try:
+        (features,) = asker.ask([prompts.long])
+    except CaptureFailed as error:
+        return f"a prompt of {len(prompts.long)} tokens is not captured: {error}"
+    return features
 
 
 class _Asker:

@@ -26,7 +26,7 @@ SMALL = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class FinalNorm:
+class PossibleNorm:
     """One way in which the norm may work: ``gain`` and ``bias`` [H] fp32, and whether the mean is removed first."""
 
     kind: str
@@ -56,7 +56,7 @@ class FinalNorm:
         return torch.maximum((size - 1.0).abs(), mean)
 
 
-def read_final_norms(directory: Path, target: TargetInfo) -> list[FinalNorm]:
+def read_final_norms(directory: Path, target: TargetInfo) -> list[PossibleNorm]:
     """The ways in which the final norm may work; none where its weight is not found."""
     try:
         files = weight_files(directory)
@@ -73,14 +73,14 @@ def read_final_norms(directory: Path, target: TargetInfo) -> list[FinalNorm]:
     bias = read_tensor(files, bias_name).float() if bias_name in files else torch.zeros_like(weight)
     eps = target.rms_norm_eps
     return [
-        FinalNorm("RMS norm", weight, bias, False, eps),
-        FinalNorm("RMS norm, 1 + weight", 1.0 + weight, bias, False, eps),
-        FinalNorm("layer norm", weight, bias, True, eps),
-        FinalNorm("layer norm, 1 + weight", 1.0 + weight, bias, True, eps),
+        PossibleNorm("RMS norm", weight, bias, False, eps),
+        PossibleNorm("RMS norm, 1 + weight", 1.0 + weight, bias, False, eps),
+        PossibleNorm("layer norm", weight, bias, True, eps),
+        PossibleNorm("layer norm, 1 + weight", 1.0 + weight, bias, True, eps),
     ]
 
 
-def best_fit(norms: Sequence[FinalNorm], states: Tensor) -> tuple[FinalNorm, float]:
+def best_fit(norms: Sequence[PossibleNorm], states: Tensor) -> tuple[PossibleNorm, float]:
     """The norm that ``states`` [S, H] look most like an output of, and the deviation of a usual row."""
     fits = [(float(norm.deviation(states).median()), norm) for norm in norms]
     deviation, norm = min(fits, key=lambda fit: fit[0])

@@ -17,19 +17,23 @@ from specforge.contracts.tasks import PromptTask
 from specforge.data_plane.tensors import materialised
 from specforge.inference.self_test.evidence import SLACK, Evidence, Oracle
 from specforge.inference.self_test.features import LAST, Features, distances, layer_name, split
-from specforge.inference.self_test.final_norm import FinalNorm, best_fit
-from specforge.inference.self_test.report import Check, failed, passed, unverified
+from specforge.inference.self_test.final_norm import PossibleNorm, best_fit
+from specforge.inference.self_test.report import Check, failed, passed, unverified, warning
 
 MIN_DEVIATION = 0.02
 """The rows of a norm's output have a size of 1 up to this, whatever the number format."""
 MAX_WRONG = 0.1
 """Of the next tokens that are no near-ties. A right server has none; quantised caches may cost a few."""
+MAX_DISTANCE = 0.1
+"""Of a usual row from the oracle's, where the layer is clearly the right one: rounding adds up from layer to layer (64
+of them in bfloat16: 2 %).
+"""
 NEARER = 1.25
 """A layer that changes its input by less than the rounding is as near as its neighbour."""
 EMBEDDINGS = "embeddings"
 
 
-def final_norm(evidence: Evidence, tables: TargetTables, norms: list[FinalNorm]) -> Check:
+def final_norm(evidence: Evidence, tables: TargetTables, norms: list[PossibleNorm]) -> Check:
     """``last`` is an output of the target's final norm: without gain and bias each row has a root mean square of 1."""
     name = "final norm"
     if LAST not in evidence.alone[0].layers:
@@ -49,7 +53,7 @@ def final_norm(evidence: Evidence, tables: TargetTables, norms: list[FinalNorm])
     return failed(name, "norm_missing", where, deviation=deviation)
 
 
-def next_tokens(evidence: Evidence, tables: TargetTables, norms: list[FinalNorm]) -> Check:
+def next_tokens(evidence: Evidence, tables: TargetTables, norms: list[PossibleNorm]) -> Check:
     """The head on ``last`` prefers the token that the engine generates, near-ties apart."""
     name = "next tokens"
     places = _places(evidence)
@@ -93,7 +97,7 @@ def _places(evidence: Evidence) -> list[tuple[tuple[int, int], int]]:
     return [(place, token) for place, token in pairs if token is not None]
 
 
-def _explanations(evidence: Evidence, norms: list[FinalNorm]) -> dict[str, _Given]:
+def _explanations(evidence: Evidence, norms: list[PossibleNorm]) -> dict[str, _Given]:
     """By convention: where the right state of a row is, should that convention be broken."""
     found: dict[str, _Given] = {"row_late": _moved(evidence, 1), "row_early": _moved(evidence, -1)}
     if norms:
@@ -167,14 +171,14 @@ class Computed:
         return found
 
 
-def layers(evidence: Evidence, computed: Computed | None) -> Check:
+def layers(evidence: Evidence, computed: Computed | str) -> Check:
     """Each layer of ``aux`` is nearest to the one of the target that its id means, and within the tolerance."""
     name = "layer ids"
     asked = [layer for layer in evidence.alone[0].layers if layer != LAST]
     if not asked:
         return unverified(name, "aux is not captured")
-    if computed is None:
-        return unverified(name, "no oracle: the target is too large to be loaded here")
+    if isinstance(computed, str):
+        return unverified(name, computed)
     far = {layer: computed.distances(evidence, layer) for layer in asked}
     given = {layer: _nearest(far[layer], layer) for layer in asked}
     measured = {layer: far[layer][layer] for layer in asked}
@@ -182,35 +186,28 @@ def layers(evidence: Evidence, computed: Computed | None) -> Check:
     if wrong:
         where = ", ".join(f"{layer} holds {_called(given[layer], layer)}" for layer in wrong)
         return failed(name, _broken(asked, given, wrong), where, **measured)
-    coarse = [layer for layer in asked if far[layer][layer] > evidence.tolerance]
-    if coarse:
-        where = ", ".join(f"{layer} by {far[layer][layer]:.2g} of the norm of a row" for layer in coarse)
-        return failed(name, "numerics", f"{where}; {evidence.tolerance:g} is allowed", **measured)
-    return passed(name, **measured)
+    return _judged(name, evidence, far, measured)
 
 
-def last_state(evidence: Evidence, computed: Computed | None, norms: list[FinalNorm]) -> Check:
+def last_state(evidence: Evidence, computed: Computed | str, norms: list[PossibleNorm]) -> Check:
     """``last`` is the target's last state after the final norm."""
     name = "last"
     if LAST not in evidence.alone[0].layers:
         return unverified(name, "last is not captured")
-    if computed is None:
-        return unverified(name, "no oracle: a norm that is applied twice may change no next token")
+    if isinstance(computed, str):
+        return unverified(name, f"{computed}; a norm that is applied twice may change no next token")
     far = computed.distances(evidence, LAST)
     far |= _normed(evidence, computed, norms)
     given = _nearest(far, LAST)
     figures = {"distance": far[LAST], "before_the_norm": far[layer_name(computed.info.num_layers - 1)]}
     if given == LAST:
-        if far[LAST] <= evidence.tolerance:
-            return passed(name, **figures)
-        where = f"last by {far[LAST]:.2g} of the norm of a row; {evidence.tolerance:g} is allowed"
-        return failed(name, "numerics", where, **figures)
+        return _judged(name, evidence, {LAST: far}, figures)
     names = {"twice": "norm_twice", "late": "row_late", "early": "row_early"}
     broken = names.get(given, "norm_missing" if given == layer_name(computed.info.num_layers - 1) else "not_last")
     return failed(name, broken, f"last holds {_called(given, LAST)}", **figures)
 
 
-def _normed(evidence: Evidence, computed: Computed, norms: list[FinalNorm]) -> dict[str, float]:
+def _normed(evidence: Evidence, computed: Computed, norms: list[PossibleNorm]) -> dict[str, float]:
     """The distance of ``last`` from the target's own normed again (``twice``), and from earlier layers normed."""
     if not norms:
         return {}
@@ -224,6 +221,26 @@ def _normed(evidence: Evidence, computed: Computed, norms: list[FinalNorm]) -> d
         called: _usual([distances(a[1:], norm(b.layers[name])[1:]) for a, b in zip(got, states, strict=True)])
         for name, called in names.items()
     }
+
+
+def _judged(name: str, evidence: Evidence, far: dict[str, dict[str, float]], figures: dict[str, float]) -> Check:
+    """Whether layers that hold what they claim are near enough. ``far``: by layer, its distance from each candidate."""
+    coarse = {layer: each[layer] for layer, each in far.items() if each[layer] > evidence.tolerance}
+    if not coarse:
+        return passed(name, **figures)
+    allowed = {layer: _allowed_distance(evidence, far[layer], layer) for layer in coarse}
+    where = ", ".join(f"{layer} by {distance:.2g} of the norm of a row" for layer, distance in coarse.items())
+    if any(coarse[layer] > allowed[layer] for layer in coarse):
+        return failed(name, "numerics", f"{where}; {min(allowed.values()):g} is allowed", **figures)
+    return warning(name, f"{where}: more than rounding of a few layers, {evidence.tolerance:g}", **figures)
+
+
+def _allowed_distance(evidence: Evidence, far: dict[str, float], claimed: str) -> float:
+    """More where the engine rounds, and where nothing else is nearly as near."""
+    others = min(distance for other, distance in far.items() if other != claimed)
+    if evidence.info.dtype == "float32" or far[claimed] * NEARER >= others:
+        return evidence.tolerance
+    return max(evidence.tolerance, MAX_DISTANCE)
 
 
 def _nearest(far: dict[str, float], claimed: str) -> str:

@@ -33,7 +33,8 @@ class Replaced:
 @dataclass(frozen=True, slots=True)
 class PromptSet:
     """``rows``: token ids; the first ``num_whole`` are the whole prompts. ``prefixes``: pairs (whole, prefix of it).
-    ``next_rows``: (prompt, row) behind which a token is generated.
+    ``next_rows``: (prompt, row) behind which a token is generated. ``long``: a prompt that begins with the first whole
+    one, empty where there is no room for it.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -41,11 +42,15 @@ class PromptSet:
     prefixes: tuple[tuple[int, int], ...]
     replaced: tuple[Replaced, ...]
     next_rows: tuple[tuple[int, int], ...]
+    long: tuple[int, ...] = ()
 
 
-def choose_prompts(given: Sequence[Sequence[int]], target: TargetInfo, embedding: Tensor, max_tokens: int) -> PromptSet:
+def choose_prompts(
+    given: Sequence[Sequence[int]], target: TargetInfo, embedding: Tensor, max_tokens: int, long_tokens: int = 0
+) -> PromptSet:
     """Prompts of several lengths, none equal to its neighbour: whole ones, two prefixes (one of a single token), and
-    some with a token replaced. A pure function of its arguments.
+    some with a token replaced; and one of ``long_tokens``, where these are clearly more. A pure function of its
+    arguments.
 
     Where ``given`` has too few of a fit length, and of enough distinct tokens, rows are drawn from the vocabulary.
     Tokens with an embedding [V, H] of zeros are left out: their features may be zeros with good reason.
@@ -81,7 +86,9 @@ def choose_prompts(given: Sequence[Sequence[int]], target: TargetInfo, embedding
         # neither at the start, where rows are alike, nor only at the end, where a row has no row behind it
         chosen = {max(0, length * part // NUM_NEXT_TOKENS - 1) for part in range(1, NUM_NEXT_TOKENS + 1)}
         next_rows += [(prompt, row) for row in sorted(chosen)]
-    return PromptSet(tuple(rows), num_whole, prefixes, tuple(replaced), tuple(next_rows))
+    is_long = long_tokens >= 2 * len(rows[0])
+    long = (*rows[0], *(token() for _ in range(long_tokens - len(rows[0])))) if is_long else ()
+    return PromptSet(tuple(rows), num_whole, prefixes, tuple(replaced), tuple(next_rows), long)
 
 
 def _fit(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from specforge.contracts.capture_server import ServerInfo
 from specforge.errors import CaptureTestFailed
 
-Verdict = Literal["passed", "failed", "unverified"]
+Verdict = Literal["passed", "warning", "failed", "unverified"]
 
 CONVENTIONS: dict[str, str] = {
     "answers": "it does not capture ordinary prompts: read the reasons, and the server's log",
@@ -31,6 +31,8 @@ CONVENTIONS: dict[str, str] = {
     "row_early": "features are one row early, row i holds the features of token i + 1: the plug-in cuts the first row",
     "not_causal": "features of a token depend on the tokens after it, or not on its own: the target is served with "
     "another attention mask, or rows are mixed up",
+    "long_prompt": "a long prompt has other first rows than those rows have alone, or rows without features: what is "
+    "computed in several steps is put together wrongly, or windows or RoPE change with the length",
     "same_layer": "two captured layers are the same one: the list of layer ids was not converted id by id",
     "norm_missing": "last is the state before the final norm, expected is the one after it: apply the target's final "
     "norm before the features are written",
@@ -50,7 +52,7 @@ CONVENTIONS: dict[str, str] = {
 @dataclass(frozen=True, slots=True)
 class Check:
     """One thing that was looked at. ``measured``: figures by name; ``broken``: the conventions of ``CONVENTIONS`` that
-    failed; ``where`` says where that was seen, or why nothing could be verified.
+    failed; ``where`` says where that was seen, what to beware of, or why nothing could be verified.
     """
 
     name: str
@@ -67,6 +69,10 @@ def passed(name: str, **measured: float | str) -> Check:
 def failed(name: str, broken: str, where: str, **measured: float | str) -> Check:
     assert broken in CONVENTIONS, broken
     return Check(name, "failed", measured, (broken,), where)
+
+
+def warning(name: str, where: str, **measured: float | str) -> Check:
+    return Check(name, "warning", measured, (), where)
 
 
 def unverified(name: str, why: str, **measured: float | str) -> Check:

@@ -28,7 +28,7 @@ from specforge.contracts.capture_server import (
     ServerInfo,
     Sink,
 )
-from specforge.contracts.features import FeatureSpec, layout
+from specforge.contracts.features import FeatureSpec
 from specforge.errors import ServerRefused, ServerUnavailable
 
 
@@ -61,7 +61,7 @@ class CaptureServer(Protocol):
         ...
 
     def close_sink(self, sink: Sink) -> None:
-        """The run is over. Best effort: a server that is gone has let go already."""
+        """The run is over. Raises as :meth:`capture` does; a server that is gone has let go already."""
         ...
 
     def close(self) -> None:
@@ -120,6 +120,15 @@ def verify_capture(url: str, request: CaptureRequest, captured: Captured, target
             _verify_item(url, item, got, request, target)
 
 
+def own_tensors(url: str, item: CaptureItem, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The features of ``item`` that came back in an answer. ``ServerUnavailable`` where they are of other tokens."""
+    if tensors is None or tuple(tensors["input_ids"].tolist()) != item.input_ids:
+        raise ServerUnavailable(
+            f"the capture server {url} answered sample {item.sample_id!r} with features of other tokens"
+        )
+    return tensors
+
+
 def verify_responses(url: str, request: GenerateRequest, reply: GenerateReply, target: TargetInfo) -> None:
     """Raise unless there is one response a prompt, of the run's target; errors as :func:`verify_capture` has them."""
     if reply.target_revision != target.revision:
@@ -140,12 +149,6 @@ def verify_responses(url: str, request: GenerateRequest, reply: GenerateReply, t
             )
 
 
-def expected_features(spec: CaptureSpec, hidden_size: int, num_tokens: int) -> tuple[tuple[FeatureSpec, ...], int]:
-    """Layout and bytes of the features of ``num_tokens`` tokens."""
-    widths = [(name, dtype, (num_tokens, width)) for name, dtype, width in spec.widths(hidden_size)]
-    return layout([("input_ids", "int32", (num_tokens,)), *widths])
-
-
 def _verify_item(url: str, item: CaptureItem, got: CapturedItem, request: CaptureRequest, target: TargetInfo) -> None:
     num_tokens = len(item.input_ids)
     if got.num_tokens != num_tokens:
@@ -153,7 +156,7 @@ def _verify_item(url: str, item: CaptureItem, got: CapturedItem, request: Captur
             f"the capture server {url} captured {got.num_tokens} tokens of sample {item.sample_id!r}, which has "
             f"{num_tokens}: features would belong to other tokens"
         )
-    features, num_bytes = expected_features(request.spec, target.hidden_size, num_tokens)
+    features, num_bytes = request.spec.layout(target.hidden_size, num_tokens)
     if (got.features, got.num_bytes) != (features, num_bytes):
         raise ServerRefused(
             f"the capture server {url} gave {_shapes(got.features)} for sample {item.sample_id!r}; expected "

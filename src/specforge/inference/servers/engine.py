@@ -14,12 +14,20 @@ from functools import partial
 from typing import TypeVar
 
 from specforge.contracts.capture import CaptureSpec, TargetInfo
-from specforge.contracts.capture_server import MAX_ITEMS, CaptureItem, CaptureRequest, Generate, GenerateRequest
+from specforge.contracts.capture_server import CaptureItem, CaptureRequest, Generate, GenerateRequest
 from specforge.contracts.tasks import PromptTask
 from specforge.errors import EngineError, PromptRefused, ServerBusy, ServerRefused, ServerUnavailable
 from specforge.inference.engine import CapturedSample, Generation
-from specforge.inference.servers.base import INLINE, CaptureServer, check_info, verify_capture, verify_responses
+from specforge.inference.servers.base import (
+    INLINE,
+    CaptureServer,
+    check_info,
+    own_tensors,
+    verify_capture,
+    verify_responses,
+)
 from specforge.inference.servers.stint import INFO_S
+from specforge.inference.servers.terms import Terms
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,8 +46,8 @@ class ServerTargetEngine:
 
     Each server works on up to ``max_in_flight`` requests. What one fails at is asked of another, or of the same one
     later; one that cannot serve at all is asked no more. Raises ``PromptRefused`` for a prompt that cannot be captured;
-    ``ServerUnavailable`` where servers failed ``MAX_ATTEMPTS`` times at one request, or none answers for
-    ``patience_s``; ``ServerRefused`` where none is left: each with the reasons of all.
+    ``ServerUnavailable`` where servers failed ``MAX_ATTEMPTS`` times at one request, or none answers, or all are busy,
+    for ``patience_s``; ``ServerRefused`` where none is left: each with the reasons of all.
     """
 
     def __init__(
@@ -49,8 +57,10 @@ class ServerTargetEngine:
         max_in_flight: int = 8,
         timeout_s: float = 300.0,
         patience_s: float = 60.0,
+        terms: Terms | None = None,
     ) -> None:
         self.info = info
+        self._terms = terms or Terms()
         self._max_in_flight, self._timeout_s, self._patience_s = max_in_flight, timeout_s, patience_s
         self._desks = [_Desk(server) for server in servers]
         self._changed = threading.Condition()
@@ -62,7 +72,7 @@ class ServerTargetEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], options: Generate) -> list[Generation]:
         """See ``TargetEngine``. A server may batch prompts, where greedy ones may fall otherwise than alone."""
-        size = min(PROMPTS_AT_A_TIME, MAX_ITEMS)
+        size = PROMPTS_AT_A_TIME
         parts = [tuple(map(tuple, prompts[start : start + size])) for start in range(0, len(prompts), size)]
         requests = [GenerateRequest(part, options, self.info.revision) for part in parts]
         found = self._in_order([partial(self._generate, request) for request in requests])
@@ -107,11 +117,7 @@ class ServerTargetEngine:
             if failure is not None:
                 kind = PromptRefused if failure.whose == "prompt" else ServerBusy
                 raise kind(f"the capture server {server.url} cannot capture {task.sample_id!r}: {failure.reason}")
-            if tensors is None or tuple(tensors["input_ids"].tolist()) != task.input_ids:
-                raise ServerUnavailable(
-                    f"the capture server {server.url} answered sample {task.sample_id!r} with features of other tokens"
-                )
-            return CapturedSample(task.sample_id, dict(tensors))
+            return CapturedSample(task.sample_id, dict(own_tensors(server.url, item, tensors)))
 
         return self._ask(ask, spec)
 
@@ -125,24 +131,37 @@ class ServerTargetEngine:
 
     def _ask(self, ask: Callable[[CaptureServer], _ResultT], spec: CaptureSpec) -> _ResultT:
         """What ``ask`` gets of the first server that does not fail it."""
-        for attempt in itertools.count(1):
+        num_failures, busy_since = 0, float("inf")
+        while True:
             desk = self._sit(spec)
             try:
                 result = ask(desk.server)
             except PromptRefused:
                 self._rise(desk, None)
                 raise
+            except ServerBusy as error:
+                self._rise(desk, error)
+                # It did not try: that is no failure, but it may not go on for ever.
+                busy_since = min(busy_since, time.monotonic())
+                if time.monotonic() - busy_since > self._patience_s:
+                    raise ServerUnavailable(
+                        self._said(f"no capture server has had room for {self._patience_s:g} s")
+                    ) from error
             except EngineError as error:
                 self._rise(desk, error)
-                if isinstance(error, ServerUnavailable) and attempt >= max(MAX_ATTEMPTS, len(self._desks)):
-                    raise ServerUnavailable(self._said(f"{attempt} requests for the same failed")) from error
+                num_failures += isinstance(error, ServerUnavailable)
+                if num_failures >= max(MAX_ATTEMPTS, len(self._desks)):
+                    raise ServerUnavailable(self._said(f"{num_failures} requests for the same failed")) from error
+                busy_since = float("inf")
             else:
                 self._rise(desk, None)
                 return result
-        raise AssertionError
 
     def _sit(self, spec: CaptureSpec) -> _Desk:
-        """The server with most room, once there is one that answers and that fits ``spec``; it has one request more."""
+        """The server with the fewest failures and most room, once there is one that answers and that fits ``spec``.
+
+        It has one request more.
+        """
         deadline = time.monotonic() + self._patience_s
         while True:
             desk = self._free_desk(deadline)
@@ -167,7 +186,7 @@ class ServerTargetEngine:
                     raise ServerUnavailable(self._said(f"no capture server has answered for {self._patience_s:g} s"))
                 free = [desk for desk in well if desk.num_in_flight < min(desk.most, self._max_in_flight)]
                 if free:
-                    desk = min(free, key=lambda desk: desk.num_in_flight)
+                    desk = min(free, key=lambda desk: (desk.num_failures, desk.num_in_flight))
                     desk.num_in_flight += 1
                     return desk
                 # Full ones are told of; a resting one comes back by itself.
@@ -183,6 +202,7 @@ class ServerTargetEngine:
         if spec is _GENERATION_ONLY:
             info = replace(info, sinks=(INLINE.kind,))  # responses need none
         check_info(desk.server.url, info, self.info, spec, INLINE)
+        self._terms.accept(desk.server.url, info)
         with self._changed:
             desk.fits.add(spec)
             desk.most = max(1, info.max_in_flight)
@@ -211,7 +231,9 @@ class ServerTargetEngine:
 
 @dataclass(slots=True, eq=False)
 class _Desk:
-    """What is known of one server. ``fits``: what it was found to be able to capture since its last failure."""
+    """What is known of one server. ``num_failures``: one after the other, up to now. ``fits``: what it was found to be
+    able to capture since the last of them.
+    """
 
     server: CaptureServer
     num_in_flight: int = 0

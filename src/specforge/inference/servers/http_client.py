@@ -1,23 +1,34 @@
-"""HTTP towards one capture server, within bounds: of an answer's bytes, and of the time until its last one."""
+"""HTTP towards one capture server, within bounds: of an answer's bytes, and of the time until its last one.
+
+And what a status other than 200 means.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
 import functools
+import json
 import ssl
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
 import httpx
 
-from specforge.errors import ServerUnavailable
+from specforge.errors import EngineError, PromptRefused, ServerBusy, ServerRefused, ServerUnavailable
 
 CLOSE_S = 5.0
 """The longest that closing waits for the connections to end."""
+
+BUSY = 503
+LATER = {408, 425, 429}
+"""Of the statuses that are no server's fault (below 500) those after which the same request may succeed."""
+TOO_LARGE = 413
+UNFIT = {400, 422}
+"""Those that are about the request itself, which may be its size."""
 
 
 @functools.cache
@@ -33,6 +44,37 @@ class Answer:
     status: int
     media_type: str
     body: bytearray
+
+
+class Unfit(ServerRefused):
+    """The server says that it cannot serve the request as it is."""
+
+
+def refusal(url: str, path: str, answer: Answer, advice: Mapping[int, str], otherwise: str) -> EngineError:
+    """What ``answer``, whose status is not 200, means. ``advice``: what to do about a status, ``otherwise`` of others.
+
+    Each ends the sentence that names the server and says what it answered.
+    """
+    said = f"the capture server {url} answered {path} with {answer.status}: {_reason(answer)}"
+    if answer.status == BUSY:
+        return ServerBusy(said)
+    if answer.status >= 500 or answer.status in LATER:
+        return ServerUnavailable(said)
+    if answer.status == TOO_LARGE:
+        return PromptRefused(said)
+    kind = Unfit if answer.status in UNFIT else ServerRefused
+    return kind(said + advice.get(answer.status, otherwise))
+
+
+def _reason(answer: Answer) -> str:
+    """What an error says in the manner of our protocol, of vLLM or of SGLang; the beginning of what another says."""
+    text = bytes(answer.body[:4096]).decode(errors="replace")
+    try:
+        said = json.loads(text)
+        said = said["reason"] if "reason" in said else said["error"]
+        return str(said["message"] if isinstance(said, dict) else said)[:500]
+    except (ValueError, KeyError, TypeError):
+        return repr(text[:100])
 
 
 class ServerHttp:
@@ -79,7 +121,9 @@ class ServerHttp:
             return answer.result()
         except TimeoutError:
             raise self._unavailable(path, f"no whole answer within {timeout_s:g} s") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except ServerUnavailable:
+            raise
+        except Exception as error:  # what a server or an address can bring a client to raise is no fixed list
             raise self._unavailable(
                 path, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             ) from error

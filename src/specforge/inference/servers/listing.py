@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import re
+import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from specforge.inference.config import server_url
 
 _LOG = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 1 << 20
-_URL = re.compile(r"https?://[^\s/@]+/?")
+SETTLE_S = 0.2
+"""How long the first look waits for a file that may still be in the middle of being written."""
 
 _Version = tuple[int, int, int]
 """Time of the last change, size and inode of a file."""
@@ -22,7 +25,7 @@ class ServerListing:
 
     The file is read again when it has changed. What is no list of addresses is logged and leaves the list as it was,
     as a file does that vanished. One that does not end with a line's end may still be in the middle of being written,
-    so it counts once it stayed as it is from one look to the next.
+    so it counts once it stayed as it is from one look to the next; the first look is two, with a short wait between.
     """
 
     def __init__(self, urls: Iterable[str], file: Path | None = None) -> None:
@@ -31,6 +34,7 @@ class ServerListing:
         self._listed: tuple[str, ...] = ()
         self._seen: _Version | None = None
         self._torn: _Version | None = None
+        self._was_looked_at = False
         self._complaint = ""
 
     @property
@@ -41,6 +45,10 @@ class ServerListing:
         """The addresses, each once, without a slash at the end."""
         if self._file is not None:
             self._look(self._file)
+            if self._torn is not None and not self._was_looked_at:
+                time.sleep(SETTLE_S)
+                self._look(self._file)
+            self._was_looked_at = True
         return tuple(dict.fromkeys((*self._urls, *self._listed)))
 
     def __str__(self) -> str:
@@ -84,8 +92,10 @@ def _parse(data: bytes) -> tuple[str, ...]:
     found: list[str] = []
     for number, raw in enumerate(data.decode(errors="replace").splitlines(), 1):
         line = raw.partition("#")[0].strip()
-        if line and not _URL.fullmatch(line):
-            raise ValueError(f"line {number}: expected an address such as http://10.0.0.7:8100, got {line!r:.80}")
-        if line:
-            found.append(line.rstrip("/"))
+        if not line:
+            continue
+        try:
+            found.append(server_url(line).rstrip("/"))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
     return tuple(found)

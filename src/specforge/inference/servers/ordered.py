@@ -7,7 +7,6 @@ A sample is a request of the engine's own kind, with the order beside its tokens
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import threading
 from abc import ABC, abstractmethod
@@ -36,17 +35,14 @@ from specforge.contracts.capture_wire import Refusal
 from specforge.data_plane.tensors import views
 from specforge.errors import ContractError, EngineError, PromptRefused, ServerBusy, ServerRefused, ServerUnavailable
 from specforge.inference.plugins.orders import RECEIPT, Order, Receipt
-from specforge.inference.servers.base import Captured, expected_features
-from specforge.inference.servers.http_client import Answer, ServerHttp
+from specforge.inference.servers.base import Captured
+from specforge.inference.servers.http_client import ServerHttp, Unfit, refusal
 
 HEAD_BYTES = 256 << 10
 """Room in an answer for what is said beside features and tokens."""
 TOKEN_BYTES = 96
 """A token of a response in JSON: its id, and its text."""
 GOODBYE_S = 10.0
-
-LATER = {408, 425, 429}
-"""Of the statuses that are no server's fault (below 500) those after which the same request may succeed."""
 
 
 class OrderedServer(ABC):
@@ -133,9 +129,8 @@ class OrderedServer(ABC):
         return GenerateReply(info.target_revision, tuple(items))
 
     def close_sink(self, sink: Sink) -> None:
-        with contextlib.suppress(EngineError):
-            self.known(GOODBYE_S)
-            self._carry_out((0,), Order(close=CloseSink(sink)), GOODBYE_S, HEAD_BYTES)
+        self.known(GOODBYE_S)
+        self._carry_out((0,), Order(close=CloseSink(sink)), GOODBYE_S, HEAD_BYTES)
 
     def close(self) -> None:
         self._http.close()
@@ -157,16 +152,10 @@ class OrderedServer(ABC):
                 return json.loads(bytes(answer.body))
             except ValueError as error:
                 raise self.torn(path, f"not JSON: {error}") from error
-        said = f"the capture server {self.url} answered {path} with {answer.status}: {_reason(answer)}"
-        if answer.status == 503:
-            raise ServerBusy(said)
-        if answer.status >= 500 or answer.status in LATER:
-            raise ServerUnavailable(said)
-        if answer.status in {401, 403}:
-            raise ServerRefused(f"{said}; give the run the key that the server was started with (--api-key)")
-        if answer.status in {404, 405}:
-            raise ServerRefused(f"{said}; what listens there is no {self.engine} server: check address and dialect")
-        raise ServerRefused(f"{said}; its version of {self.engine} may want another request")
+        key = "; give the run the key that the server was started with (--api-key)"
+        nobody = f"; what listens there is no {self.engine} server: check address and dialect"
+        advice = {401: key, 403: key, 404: nobody, 405: nobody}
+        raise refusal(self.url, path, answer, advice, f"; its version of {self.engine} may want another request")
 
     def receipt(self, answered: Any) -> Receipt:
         """What the plug-in says in an answer."""
@@ -205,14 +194,26 @@ class OrderedServer(ABC):
             return info.target_revision, failed, None
         most = HEAD_BYTES
         if request.sink.kind == "inline":
-            most += 2 * expected_features(request.spec, info.hidden_size, num_tokens)[1]
+            most += 2 * request.spec.layout(info.hidden_size, num_tokens)[1]
         named = replace(item, input_ids=())
-        receipt = self._carry_out(item.input_ids, Order(replace(request, items=(named,))), timeout_s, most)
+        order = Order(replace(request, items=(named,)))
+        try:
+            receipt = self._carry_out(item.input_ids, order, timeout_s, most)
+        except Unfit as error:
+            raise self._whose(error, timeout_s) from None
         if receipt.item is None:
             raise self.torn(self.path, "a receipt without an item")
         is_inline = receipt.item.failure is None and receipt.item.store == "inline"
         tensors = self._tensors(receipt.item, receipt.data) if is_inline else None
         return receipt.info.target_revision, receipt.item, tensors
+
+    def _whose(self, error: Unfit, timeout_s: float) -> EngineError:
+        """The prompt's fault, unless the same request for one token is not read either."""
+        try:
+            self.discover(timeout_s)
+        except Unfit:
+            return ServerRefused(str(error))
+        return PromptRefused(str(error))
 
     def _carry_out(self, token_ids: Sequence[int], order: Order, timeout_s: float, max_bytes: int) -> Receipt:
         """The receipt of ``order``, which was not refused."""
@@ -256,18 +257,12 @@ class OrderedServer(ABC):
         return None
 
 
-def generated(token_ids: Any, *, stopped: bool) -> GeneratedItem:
-    """A response of which both engines keep the stop token. ``ValueError`` for what is no row of token ids."""
+def generated(token_ids: Any, finish_reason: Any) -> GeneratedItem:
+    """A response of which both engines keep the stop token. ``ValueError`` for what is no row of token ids, and for a
+    response that the engine cut short (an abort, an error): it would be recorded as the target's.
+    """
+    if finish_reason not in ("stop", "length"):
+        raise ValueError(f"a response that ended by {finish_reason!r:.80}")
     if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
         raise ValueError(f"token ids {token_ids!r:.80}")
-    return GeneratedItem(tuple(token_ids), stopped)
-
-
-def _reason(answer: Answer) -> str:
-    """What the engine says of an error; the beginning of what another answer says."""
-    text = bytes(answer.body[:4096]).decode(errors="replace")
-    try:
-        said = json.loads(text)["error"]
-        return str(said["message"] if isinstance(said, dict) else said)[:500]
-    except (ValueError, KeyError, TypeError):
-        return repr(text[:100])
+    return GeneratedItem(tuple(token_ids), finish_reason == "stop")

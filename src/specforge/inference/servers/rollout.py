@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from specforge.control_plane.base import CaptureControl
 from specforge.data_plane.base import FeatureStore
-from specforge.errors import ControlPlaneError, EngineError, ServerRefused
+from specforge.errors import ConfigError, ControlPlaneError, EngineError, ServerRefused, ServerUnavailable
 from specforge.inference.delivery import leave_soon, reason_of
 from specforge.inference.servers.base import CaptureServer
 from specforge.inference.servers.listing import ServerListing
@@ -130,8 +130,9 @@ class ServedRollout:
             raise ServerRefused(f"no capture server can serve this run: {reasons}")
         if any(loop.waits_for_work for loop in self._loops.values()):
             self._sign_of_service()
-        # One request may take that long by itself.
-        limit_s = max(self._settings.unserved_s, self._settings.timeout_s)
+        # One sample may take that long by itself: a request, and where it is to be answered one for that before.
+        num_requests = 1 if self._settings.responses is None else 2
+        limit_s = max(self._settings.unserved_s, num_requests * self._settings.timeout_s)
         if time.monotonic() - self._served_at > limit_s:
             said = [loop.trouble or f"{url}: no answer yet" for url, loop in self._loops.items()]
             said += self._refusals.values()
@@ -189,7 +190,7 @@ class ServerLoop:
     def waits_for_work(self) -> bool:
         """The server is well, and there is nothing to do for it."""
         stint = self._stint
-        return stint is not None and stint.waits_for_work
+        return stint is not None and stint.waits_for_work and not stint.ending
 
     def end(self, ending: Ending) -> None:
         """With what is in flight (``REMOVED``) or without (``STOPPED``). Does not wait."""
@@ -205,14 +206,10 @@ class ServerLoop:
     def _run(self) -> None:
         try:
             while not self._told.is_set():
-                with contextlib.closing(self._connect()) as server:
-                    stint = self._next(server)
-                    stint.work()
-                self._seat.num_stints += stint.has_leased
-                self.ending, self.error = stint.ending, stint.error
-                if stint.ending not in {Ending.BUSY, Ending.UNAVAILABLE}:
+                has_served = self._serve()
+                if self.ending not in {Ending.BUSY, Ending.UNAVAILABLE}:
                     break
-                self._back_off(stint)
+                self._back_off(has_served)
         except Exception as error:  # noqa: BLE001 - raised in the run's thread
             self.ending, self.error = Ending.FAILED, error
         if self.ending is Ending.REFUSED:
@@ -220,6 +217,20 @@ class ServerLoop:
             _LOG.error("%s. It is not used any more", self.trouble)
         self.is_over = True
         self._woken()
+
+    def _serve(self) -> bool:
+        """A stint, whose ``ending`` and ``error`` are the loop's; whether it captured anything."""
+        try:
+            server = self._connect()
+        except (ConfigError, ServerUnavailable) as error:  # such as a file with the token, just being replaced
+            self.ending, self.error = Ending.UNAVAILABLE, error
+            return False
+        with contextlib.closing(server):
+            stint = self._next(server)
+            stint.work()
+        self._seat.num_stints += stint.has_leased
+        self.ending, self.error = stint.ending, stint.error
+        return stint.num_served > 0
 
     def _next(self, server: CaptureServer) -> Stint:
         stint = self._begin(server, f"{self._seat.name}.{self._seat.num_stints + 1}")
@@ -229,8 +240,8 @@ class ServerLoop:
             stint.end(wanted)
         return stint
 
-    def _back_off(self, stint: Stint) -> None:
-        if stint.num_served:
+    def _back_off(self, has_served: bool) -> None:
+        if has_served:
             self._num_failures, self.trouble = 0, ""
         self._num_failures += 1
         longest = min(self._longest_backoff_s, FIRST_BACKOFF_S * 2 ** min(self._num_failures - 1, 30))

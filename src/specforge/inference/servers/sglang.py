@@ -94,7 +94,4 @@ class SglangServer(OrderedServer):
 
 
 def _response(answered: dict[str, Any]) -> GeneratedItem:
-    finish = answered["meta_info"]["finish_reason"]["type"]
-    if finish not in {"stop", "length"}:
-        raise ValueError(f"a response that ended by {finish!r}")
-    return generated(answered["output_ids"], stopped=finish == "stop")
+    return generated(answered["output_ids"], answered["meta_info"]["finish_reason"]["type"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from dataclasses import replace
 from typing import TypeVar
 
 from specforge.contracts import capture_wire as wire
@@ -22,14 +22,11 @@ from specforge.data_plane.inline import MEDIA_TYPE, read_inline
 from specforge.errors import (
     ContractError,
     CorruptFeature,
-    EngineError,
     PromptRefused,
-    ServerBusy,
-    ServerRefused,
     ServerUnavailable,
 )
-from specforge.inference.servers.base import Captured, expected_features
-from specforge.inference.servers.http_client import Answer, ServerHttp
+from specforge.inference.servers.base import Captured
+from specforge.inference.servers.http_client import Answer, ServerHttp, Unfit, refusal
 
 JSON = "application/json"
 HEAD_BYTES = 64 << 10
@@ -38,9 +35,6 @@ ITEM_BYTES = 8 << 10
 TOKEN_BYTES = 12
 """A token id in JSON, at most."""
 GOODBYE_S = 10.0
-
-LATER = {408, 425, 429}
-"""Of the statuses that are no server's fault (below 500) those after which the same request may succeed."""
 
 ReplyT = TypeVar("ReplyT")
 
@@ -63,8 +57,10 @@ class SpecforgeServer:
         path, body = "/v1/capture", wire.CAPTURE[0].write(request)
         try:
             answer = self._ask("POST", path, body, timeout_s, self._most_bytes(request, timeout_s))
-        except _Unfit as error:
-            raise self._explained(error, body) from None
+        except Unfit as error:
+            if self._is_about_the_prompt(request, body, timeout_s):
+                raise PromptRefused(str(error)) from None
+            raise
         if request.sink.kind != "inline":
             reply: CaptureReply = self._read(path, wire.CAPTURE[1], answer)
             return Captured(reply, (None,) * len(reply.items))
@@ -80,15 +76,13 @@ class SpecforgeServer:
         most = HEAD_BYTES + len(request.prompts) * (ITEM_BYTES + TOKEN_BYTES * request.generate.max_new_tokens)
         try:
             answer = self._ask("POST", path, wire.GENERATE[0].write(request), timeout_s, most)
-        except _Unfit as error:
+        except Unfit as error:
             # A reply to this has no place for what is wrong with one prompt.
             raise PromptRefused(str(error)) from None
         return self._read(path, wire.GENERATE[1], answer)
 
     def close_sink(self, sink: Sink) -> None:
-        with contextlib.suppress(EngineError):
-            body = wire.CLOSE_SINK.write(CloseSink(sink))
-            self._ask("POST", "/v1/sinks/close", body, GOODBYE_S, HEAD_BYTES)
+        self._ask("POST", "/v1/sinks/close", wire.CLOSE_SINK.write(CloseSink(sink)), GOODBYE_S, HEAD_BYTES)
 
     def close(self) -> None:
         self._http.close()
@@ -99,7 +93,7 @@ class SpecforgeServer:
         if request.sink.kind != "inline":
             return said
         hidden_size = self._hidden_size or self.info(timeout_s).hidden_size
-        sizes = [expected_features(request.spec, hidden_size, len(item.input_ids))[1] for item in request.items]
+        sizes = [request.spec.layout(hidden_size, len(item.input_ids))[1] for item in request.items]
         return said + sum(sizes) + ALIGNMENT * len(sizes)
 
     def _ask(self, method: str, path: str, body: bytes | None, timeout_s: float, max_bytes: int) -> Answer:
@@ -107,22 +101,24 @@ class SpecforgeServer:
         answer = self._http.send(method, path, body, timeout_s, max_bytes)
         if answer.status == 200:
             return answer
-        said = f"the capture server {self.url} answered {path} with {answer.status}: {_reason(answer)}"
-        if answer.status == wire.STATUS["busy"]:
-            raise ServerBusy(said)
-        if answer.status >= 500 or answer.status in LATER:
-            raise ServerUnavailable(said)
-        if answer.status == wire.STATUS["request"]:
-            raise _Unfit(said)
-        raise ServerRefused(said + _ADVICE.get(answer.status, "; check its address"))
+        raise refusal(self.url, path, answer, _ADVICE, "; check its address")
 
-    def _explained(self, error: ServerRefused, body: bytes) -> EngineError:
-        """Whose fault it is that a server does not read a request: the prompt's, where nobody could read it."""
+    def _is_about_the_prompt(self, request: CaptureRequest, body: bytes, timeout_s: float) -> bool:
+        """Whether a request was refused for what its one sample is: nobody could read it, or it is too large."""
         try:
             wire.read_capture(body)
         except ContractError:
-            return PromptRefused(str(error))
-        return error
+            return True
+        if request.sink.kind != "inline" or len(request.items) > 1 or len(request.items[0].input_ids) < 2:
+            return False
+        # Does the server take the first token alone? Its features come back, and nothing of it is kept.
+        item = replace(request.items[0], input_ids=request.items[0].input_ids[:1])
+        body = wire.CAPTURE[0].write(replace(request, items=(item,)))
+        try:
+            self._ask("POST", "/v1/capture", body, timeout_s, 2 * self._most_bytes(request, timeout_s))
+        except Unfit:
+            return False
+        return True
 
     def _read(self, path: str, form: Form[ReplyT], answer: Answer) -> ReplyT:
         self._check_media_type(path, JSON, answer)
@@ -142,21 +138,10 @@ class SpecforgeServer:
         return ServerUnavailable(f"the capture server {self.url} answered {path} with what is none: {error}")
 
 
-class _Unfit(ServerRefused):
-    """The server says that the request breaks the contract."""
-
-
 _ADVICE = {
     wire.STATUS["token"]: "; give the run the token that the server was started with",
+    wire.STATUS["request"]: "",
     wire.STATUS["model"]: "; start it with the target of the run",
     404: f"; what listens there does not speak version {PROTOCOL} of the capture protocol: check address and version",
     405: f"; what listens there does not speak version {PROTOCOL} of the capture protocol: check address and version",
 }
-
-
-def _reason(answer: Answer) -> str:
-    """What a refusal says; the beginning of what another answer says."""
-    try:
-        return wire.REFUSAL.read(bytes(answer.body)).reason[:500]
-    except ContractError:
-        return repr(bytes(answer.body[:100]).decode(errors="replace"))

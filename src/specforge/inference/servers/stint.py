@@ -11,7 +11,7 @@ from enum import IntEnum
 from torch import Tensor
 
 from specforge.contracts.capture import CaptureSpec, TargetInfo
-from specforge.contracts.capture_server import CaptureItem, CaptureRequest, GenerateRequest, Sink
+from specforge.contracts.capture_server import CaptureItem, CaptureRequest, GenerateRequest, ServerInfo, Sink
 from specforge.contracts.refs import SampleRef
 from specforge.control_plane.base import CaptureControl, Lease
 from specforge.data_plane.base import FeatureStore, PutRequest, StoredFeatures
@@ -28,7 +28,7 @@ from specforge.errors import (
 from specforge.faults import fault_point
 from specforge.inference.delivery import put_with_patience, ref_of
 from specforge.inference.responses import recorded
-from specforge.inference.servers.base import CaptureServer, check_info, verify_capture, verify_responses
+from specforge.inference.servers.base import CaptureServer, check_info, own_tensors, verify_capture, verify_responses
 from specforge.prompts.responses import ResponseOptions
 
 INFO_S = 10.0
@@ -38,6 +38,8 @@ SILENCE_S = 10.0
 ABANDON_S = 10.0
 """How long requests may take to end after their server was closed."""
 TICK_S = 0.25
+MAX_FAILURES = 4
+"""Samples that may fail one after the other, as if by themselves, before it is the server that is suspected."""
 
 _Pair = tuple[str, int]
 """Sample id and generation."""
@@ -50,8 +52,10 @@ class ServedSettings:
     ``worker_id`` is the process's: every stint has an id below it. ``max_in_flight``: requests of one server.
     ``timeout_s``: of one request; ``poll_s``: of one blocking lease call; ``store_wait_s``: the longest that an inline
     put waits for room. ``responses``: how prompts are answered, ``None`` where none is to be. ``accept`` looks at a
-    server before every stint, and raises as ``CaptureServer.info`` does where it is not to be used. A server that fails
-    is asked again after at most ``longest_backoff_s``; a run of which none has captured for ``unserved_s`` fails.
+    server and what it says of itself before every stint, and raises as ``CaptureServer.info`` does where it is not to
+    be used; ``doubt`` is told the address of one at which ``MAX_FAILURES`` samples failed in a row: it is to be looked
+    at anew. A server that fails is asked again after at most ``longest_backoff_s``; a run of which none has captured
+    for ``unserved_s`` fails.
     """
 
     worker_id: str
@@ -65,7 +69,8 @@ class ServedSettings:
     poll_s: float = 1.0
     store_wait_s: float = 300.0
     responses: ResponseOptions | None = None
-    accept: Callable[[CaptureServer], None] | None = None
+    accept: Callable[[CaptureServer, ServerInfo], None] | None = None
+    doubt: Callable[[str], None] | None = None
 
 
 class Ending(IntEnum):
@@ -88,9 +93,13 @@ class Ending(IntEnum):
 class Stint:
     """lease -> capture -> commit at ``server``, several requests in flight, until something ends it.
 
-    Begins with one request at a time, and doubles after as many answers. ``answered`` is called at each. The leases of
-    what is not committed in the end are given back: as those of a worker that died where the server failed, else in
-    good order; but for a stint that was stopped or that failed, whose owner tells the control plane once for all.
+    Begins with one request at a time, and doubles after as many samples captured. ``answered`` is called at each, and
+    at each that failed by itself. The leases of what is not committed in the end are given back: as those of a worker
+    that died where the server failed, else in good order; but for a stint that was stopped or that failed, whose owner
+    tells the control plane once for all.
+
+    A sample is held from its lease until it is settled: committed, failed or given back, each of which is decided under
+    ``_changed``, so that one excludes the others.
     """
 
     def __init__(
@@ -114,6 +123,8 @@ class Stint:
         self._held: dict[_Pair, Lease] = {}
         self._in_flight: set[_Pair] = set()
         self._limit, self._most, self._num_at_limit = 1, 1, 0
+        self._num_failures = 0
+        self._heard_at = 0.0
         self._committing = threading.Lock()
         self._ready: list[tuple[Lease, StoredFeatures]] = []
         self._sign_of_life = 0.0
@@ -126,7 +137,7 @@ class Stint:
             info = self._server.info(min(settings.timeout_s, INFO_S))
             check_info(url, info, settings.target, settings.spec, settings.sink)
             if settings.accept is not None:
-                settings.accept(self._server)
+                settings.accept(self._server, info)
         except EngineError as error:
             self._end_by(error)
             return
@@ -183,7 +194,7 @@ class Stint:
             if not self._held:
                 self._sign_of_life = asked_at
             self.has_leased, self._lease_s = True, leases[0].duration_s
-            pairs = [(lease.task.sample_id, lease.generation) for lease in leases]
+            pairs = [_pair(lease) for lease in leases]
             self._held.update(zip(pairs, leases, strict=True))
             if self.ending:
                 return
@@ -193,16 +204,14 @@ class Stint:
 
     def _drain(self) -> None:
         """Until nothing is in flight. A server that failed may still answer what it has; a silent one is closed."""
-        num_served, heard_at, closed_at = self.num_served, time.monotonic(), None
+        began_at, closed_at = time.monotonic(), None
         while True:
             self._heartbeat_if_due()
             with self._changed:
                 if not self._in_flight:
                     return
                 self._changed.wait(TICK_S)
-                if self.num_served > num_served:
-                    num_served, heard_at = self.num_served, time.monotonic()
-                ending = self.ending
+                ending, heard_at = self.ending, max(began_at, self._heard_at)
             now = time.monotonic()
             failed = ending in {Ending.UNAVAILABLE, Ending.REFUSED}
             if closed_at is None and (ending >= Ending.FINISHED or (failed and now > heard_at + SILENCE_S)):
@@ -232,11 +241,9 @@ class Stint:
     # A thread a request
 
     def _serve(self, lease: Lease) -> None:
-        pair = lease.task.sample_id, lease.generation
         try:
             captured = self._capture(lease)
-            # A request that ends long after its stint was given up has no say any more.
-            if captured is not None and pair in self._in_flight:
+            if captured is not None:
                 self._commit(*captured)
         except EngineError as error:
             self._end_by(error)
@@ -244,7 +251,7 @@ class Stint:
             self.end(Ending.FAILED, error)
         finally:
             with self._changed:
-                self._in_flight.discard(pair)
+                self._in_flight.discard(_pair(lease))
                 self._changed.notify_all()
 
     def _respond(self, lease: Lease) -> Lease | None:
@@ -263,11 +270,11 @@ class Stint:
             self._fail(lease, str(error))
             return None
         verify_responses(url, request, reply, settings.target)
-        self._answered()
+        self._heard_at = time.monotonic()
         try:
             answered = recorded(self._control, self._worker_id, lease, reply.items[0].token_ids)
         except StaleGeneration:
-            self._settle([lease])
+            self._settled([lease])
             return None
         fault_point("worker.recorded")
         return answered
@@ -291,7 +298,7 @@ class Stint:
             return None
         verify_capture(url, request, captured, settings.target)
         fault_point("worker.captured")
-        self._answered()
+        self._heard_at = time.monotonic()
         (got,), tensors = captured.reply.items, captured.tensors[0]
         if got.failure is not None and got.failure.whose == "store":
             raise ServerBusy(f"the store of the capture server {url} took no features: {got.failure.reason}")
@@ -300,17 +307,15 @@ class Stint:
             return None
         stored: StoredFeatures | None = StoredFeatures(got.store, got.key, got.num_bytes, got.features)
         if settings.sink.kind == "inline":
-            stored = self._put(answered, tensors)
+            stored = self._put(answered, own_tensors(url, item, tensors))
+        if stored is not None:
+            self._answered()
         fault_point("worker.stored")
         return None if stored is None else (answered, stored)
 
-    def _put(self, lease: Lease, tensors: dict[str, Tensor] | None) -> StoredFeatures | None:
-        """What came back in the answer, once it is known to be of these tokens, and finite."""
+    def _put(self, lease: Lease, tensors: dict[str, Tensor]) -> StoredFeatures | None:
+        """What came back in the answer, once it is known to be finite."""
         task, url = lease.task, self._server.url
-        if tensors is None or tuple(tensors["input_ids"].tolist()) != task.input_ids:
-            raise ServerUnavailable(
-                f"the capture server {url} answered sample {task.sample_id!r} with features of other tokens"
-            )
         damaged = not_finite(tensors)
         if damaged is not None:
             self._fail(lease, f"the capture server {url} gave NaN or infinite values in feature {damaged!r}")
@@ -323,9 +328,22 @@ class Stint:
             return None
 
     def _fail(self, lease: Lease, reason: str) -> None:
-        task = lease.task
-        self._control.fail(self._worker_id, task.sample_id, lease.generation, reason)
-        self._settle([lease])
+        """The sample failed, as it seems by itself. Where one after the other does, the server is suspected."""
+        if not self._settled([lease]):
+            return
+        self._control.fail(self._worker_id, lease.task.sample_id, lease.generation, reason)
+        self._answered()
+        with self._changed:
+            self._num_failures += 1
+            is_suspect = self._num_failures == MAX_FAILURES
+        if is_suspect:
+            url = self._server.url
+            if self._settings.doubt is not None:
+                self._settings.doubt(url)
+            raise ServerUnavailable(
+                f"at the capture server {url} {MAX_FAILURES} samples failed one after the other, so that it is "
+                f"suspected; the last one: {reason}"
+            )
 
     def _commit(self, lease: Lease, stored: StoredFeatures) -> None:
         """Together with all that others have ready: who comes while one commit is on its way waits for the next."""
@@ -334,27 +352,33 @@ class Stint:
         with self._committing:
             with self._changed:
                 ready, self._ready = self._ready, []
-            if not ready:
-                return
-            # Whether a commit that raises was carried out is unknown: its features are no longer ours to free.
-            self._settle([lease for lease, _ in ready])
-            reply = self._control.commit([self._ref(*each) for each in ready])
-            stale = [
-                (lease.task.sample_id, lease.generation)
-                for (lease, _), accepted in zip(ready, reply.accepted, strict=True)
-                if not accepted
-            ]
+                # Whether a commit that raises was carried out is unknown: its features are no longer ours to free.
+                held = self._settled([lease for lease, _ in ready])
+            # What came after it was given back is of no use, and nobody else knows of it.
+            stale = {_pair(lease) for lease, _ in ready} - held
+            ready = [each for each in ready if _pair(each[0]) in held]
+            if ready:
+                reply = self._control.commit([self._ref(*each) for each in ready])
+                stale |= {_pair(each[0]) for each, kept in zip(ready, reply.accepted, strict=True) if not kept}
+                self._served(len(ready))
             if stale:
-                self._store.abort(stale)
+                self._store.abort(sorted(stale))
         fault_point("worker.committed")
 
-    def _settle(self, leases: list[Lease]) -> None:
-        """They are held no longer, and their server has served."""
+    def _settled(self, leases: list[Lease]) -> set[_Pair]:
+        """Which of ``leases`` were held until now. They are no longer."""
         with self._changed:
-            for lease in leases:
-                self._held.pop((lease.task.sample_id, lease.generation), None)
-            self.num_served += len(leases)
-            self._num_at_limit += len(leases)
+            pairs = {_pair(lease) for lease in leases} & self._held.keys()
+            for pair in pairs:
+                del self._held[pair]
+            return pairs
+
+    def _served(self, num_samples: int) -> None:
+        """The server is well: it gets more requests at a time."""
+        with self._changed:
+            self._num_failures = 0
+            self.num_served += num_samples
+            self._num_at_limit += num_samples
             if self._num_at_limit >= self._limit:
                 self._limit, self._num_at_limit = min(2 * self._limit, self._most), 0
 
@@ -367,3 +391,7 @@ class Stint:
             target_revision=settings.target.revision,
             spec=settings.spec,
         )
+
+
+def _pair(lease: Lease) -> _Pair:
+    return lease.task.sample_id, lease.generation

@@ -70,8 +70,7 @@ class VllmServer(OrderedServer):
 
     def responses_in(self, answered: Any) -> list[GeneratedItem]:
         items = {
-            choice["index"]: generated(choice["token_ids"], stopped=choice["finish_reason"] == "stop")
-            for choice in answered["choices"]
+            choice["index"]: generated(choice["token_ids"], choice["finish_reason"]) for choice in answered["choices"]
         }
         return [items[index] for index in range(len(items))]
 

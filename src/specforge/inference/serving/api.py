@@ -7,7 +7,9 @@ import contextlib
 import json
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,13 +29,16 @@ from specforge.errors import ContractError
 from specforge.inference.serving.jobs import Refused, when_all
 from specforge.inference.serving.openapi import describe
 from specforge.inference.serving.service import CaptureService, Ticket
+from specforge.inference.serving.sinks import OPEN_S, still_opening
 
 _LOG = logging.getLogger(__name__)
 
 JSON = "application/json"
 CHUNK_BYTES = 4 << 20
 _MAX_WORKING = 16
-"""Requests that are read, or whose sinks are opened, or whose answers are written, at one time."""
+"""Requests that are read, or whose answers are written, at one time."""
+_MAX_CLOSING = 4
+"""Requests to close a sink, which may take some seconds."""
 
 ResultT = TypeVar("ResultT")
 
@@ -48,8 +53,14 @@ def refusal(what: wire.What, reason: str, status: int | None = None, *, close: b
 
 def refused(fault: Fault, message: str) -> Response:
     """``Refuse`` of a capture server."""
-    kinds: dict[Fault, wire.What] = {"token": "token", "slow": "busy", "large": "request", "stopping": "busy"}
-    return refusal(kinds[fault], message, close=fault in ("slow", "stopping"))
+    kinds: dict[Fault, wire.What] = {
+        "token": "token",
+        "slow": "busy",
+        "large": "request",
+        "full": "busy",
+        "stopping": "busy",
+    }
+    return refusal(kinds[fault], message, close=fault in ("slow", "full", "stopping"))
 
 
 class Api:
@@ -60,6 +71,7 @@ class Api:
         self._stopping = stopping
         self._answer_timeout_s = answer_timeout_s
         self._working = CapacityLimiter(_MAX_WORKING)
+        self._closing = CapacityLimiter(_MAX_CLOSING)
         document = json.dumps(describe()).encode()
         calls: Mapping[str, Callable[[Request], Awaitable[Response]]] = {
             "capture": self._capture,
@@ -88,9 +100,13 @@ class Api:
             return refusal("engine", f"{type(error).__name__}: {error}")
 
     async def _capture(self, request: Request) -> Response:
-        body = await request.body()
-        asked = await self._in_thread(wire.read_capture, body)
-        async with self._let_in(self._service.capture, asked, request) as ticket:
+        asked_at = time.monotonic()
+        asked = await self._in_thread(wire.read_capture, await request.body())
+        async with self._holding(await self._in_thread(self._service.admit, asked, asked_at)) as ticket:
+            if ticket.sink is not None and not await _until(ticket.sink.opened, request, OPEN_S):
+                raise still_opening()
+            await self._in_thread(self._service.begin, ticket, asked)
+            await _until(when_all(ticket.jobs), request)
             reply, tensors = self._service.captured(ticket)
             if not isinstance(asked.sink, InlineSink):
                 return Response(wire.CAPTURE[1].write(reply), media_type=JSON)
@@ -101,50 +117,27 @@ class Api:
             return answer
 
     async def _generate(self, request: Request) -> Response:
-        body = await request.body()
-        asked = await self._in_thread(wire.read_generate, body)
-        async with self._let_in(self._service.generate, asked, request) as ticket:
+        asked = await self._in_thread(wire.read_generate, await request.body())
+        async with self._holding(await self._in_thread(self._service.generate, asked)) as ticket:
+            await _until(when_all(ticket.jobs), request)
             return Response(wire.GENERATE[1].write(self._service.generated(ticket)), media_type=JSON)
 
     async def _close_sink(self, request: Request) -> Response:
         asked = wire.CLOSE_SINK.read(await request.body())
-        await self._in_thread(self._service.close_sink, asked)
+        await to_thread.run_sync(self._service.close_sink, asked, limiter=self._closing)
         return Response(b"{}", media_type=JSON)
 
     @contextlib.asynccontextmanager
-    async def _let_in(
-        self, admit: Callable[[ResultT], Ticket], asked: ResultT, request: Request
-    ) -> AsyncIterator[Ticket]:
-        """The ticket, once its jobs are done. A client that hangs up meanwhile gives them up."""
-        ticket = await self._in_thread(admit, asked)
+    async def _holding(self, ticket: Ticket) -> AsyncIterator[Ticket]:
+        """Released in the end; where it goes wrong, or the client hangs up, its jobs are given up."""
         try:
-            await self._wait(ticket, request)
             yield ticket
         except BaseException:
-            await self._in_thread(self._service.abandon, ticket)
+            await to_thread.run_sync(self._service.abandon, ticket)
             raise
         finally:
             if not ticket.is_handed_on:
                 self._service.release(ticket)
-
-    async def _wait(self, ticket: Ticket, request: Request) -> None:
-        loop = asyncio.get_running_loop()
-        finished = asyncio.Event()
-
-        def tell(_: object) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is there to be told
-                loop.call_soon_threadsafe(finished.set)
-
-        when_all(ticket.jobs).add_done_callback(tell)
-        done = asyncio.create_task(finished.wait())
-        gone = asyncio.create_task(_hung_up(request))
-        try:
-            await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not finished.is_set():
-                raise Refused("busy", "the client hung up")
-        finally:
-            done.cancel()
-            gone.cancel()
 
     async def _in_thread(self, work: Callable[..., ResultT], *arguments: Any) -> ResultT:
         return await to_thread.run_sync(partial(work, *arguments), limiter=self._working)
@@ -172,6 +165,30 @@ class FeaturesAnswer(Response):
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._when_sent()
+
+
+async def _until(future: Future[Any], request: Request, timeout_s: float | None = None) -> bool:
+    """Wait until ``future`` is done, whatever comes of it, or the time is over: False. Raises :class:`Refused` when the
+    client hangs up before.
+    """
+    loop = asyncio.get_running_loop()
+    finished = asyncio.Event()
+
+    def tell(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is there to be told
+            loop.call_soon_threadsafe(finished.set)
+
+    future.add_done_callback(tell)
+    done = asyncio.create_task(finished.wait())
+    gone = asyncio.create_task(_hung_up(request))
+    try:
+        ended, _ = await asyncio.wait((done, gone), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if gone in ended and not finished.is_set():
+            raise Refused("busy", "the client hung up")
+        return finished.is_set()
+    finally:
+        done.cancel()
+        gone.cancel()
 
 
 async def _hung_up(request: Request) -> None:

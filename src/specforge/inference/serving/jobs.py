@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.capture_server import CapturedItem, CaptureItem, Generate, GeneratedItem, ItemFailure
 from specforge.contracts.capture_wire import What
 from specforge.data_plane.tensors import Source
 from specforge.errors import SpecForgeError
+
+OutcomeT = TypeVar("OutcomeT")
 
 
 class Refused(SpecForgeError):
@@ -21,6 +24,15 @@ class Refused(SpecForgeError):
     def __init__(self, what: What, reason: str) -> None:
         super().__init__(reason)
         self.what: What = what
+
+
+def settle(done: Future[OutcomeT], outcome: OutcomeT | Refused) -> None:
+    """The first outcome counts; a later one, of whoever did not know that it is over, is dropped."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(outcome, Refused):
+            done.set_exception(outcome)
+        else:
+            done.set_result(outcome)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +44,7 @@ class Finished:
 
 
 class Owner(Protocol):
-    """Where the features of a job go. It alone ends the job, and knows who waits for it."""
+    """Where the features of a job go. It alone ends the job, once, and knows who waits for it."""
 
     @property
     def has_room(self) -> bool:
@@ -75,11 +87,12 @@ class CaptureJob:
 
 @dataclass(eq=False, slots=True)
 class GenerateJob:
-    """One prompt of one request."""
+    """One prompt of one request. ``is_wanted``: somebody still waits for it."""
 
     prompt: tuple[int, ...]
     options: Generate
     done: Future[GeneratedItem] = field(default_factory=Future)
+    is_wanted: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -94,11 +107,10 @@ class GenerateJob:
         return isinstance(other, GenerateJob) and other.options == self.options and not self.options.temperature
 
     def answer(self, token_ids: tuple[int, ...], *, stopped: bool) -> None:
-        self.done.set_result(GeneratedItem(token_ids, stopped))
+        settle(self.done, GeneratedItem(token_ids, stopped))
 
     def refuse(self, refused: Refused) -> None:
-        if not self.done.done():
-            self.done.set_exception(refused)
+        settle(self.done, refused)
 
 
 Job = CaptureJob | GenerateJob

@@ -36,11 +36,11 @@ class TargetServer:
         self.ended = threading.Event()
         self._stopping = threading.Event()
         self._address = (host, port)
-        self._service = CaptureService(engine, settings, self.ended.set)
+        self._service = CaptureService(engine, settings, self._lose)
         api = Api(self._service, self._stopping, settings.answer_timeout_s)
         limits = Limits(MAX_BODY_BYTES, settings.body_timeout_s)
-        gate = Gate(api.app, token, limits, self._stopping, NAME, refused)
-        self._http = HttpServer(gate, NAME, graceful_s=math.ceil(settings.grace_s))
+        self._gate = Gate(api.app, token, limits, self._stopping, NAME, refused)
+        self._http = HttpServer(self._gate, NAME, graceful_s=math.ceil(settings.grace_s))
 
     @property
     def url(self) -> str:
@@ -65,3 +65,8 @@ class TargetServer:
         has_ended = self._service.stop()
         self._http.stop()
         return has_ended
+
+    def _lose(self) -> None:
+        """Even the health is answered with 503 from now on."""
+        self._stopping.set()
+        self.ended.set()

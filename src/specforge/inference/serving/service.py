@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,16 +28,19 @@ from specforge.data_plane.tensors import Source
 from specforge.errors import DataError
 from specforge.inference.huggingface import HFTargetEngine
 from specforge.inference.rollout import ENGINE_WIDE
-from specforge.inference.servers.base import expected_features
 from specforge.inference.serving.jobs import CaptureJob, GenerateJob, Job, JobQueue, Refused
 from specforge.inference.serving.settings import ServingSettings
-from specforge.inference.serving.sinks import OpenSink, OpenSinks
+from specforge.inference.serving.sinks import OPEN_S, OpenSink, OpenSinks
 from specforge.inference.serving.writers import StoreWriter, Writer
 
 _LOG = logging.getLogger(__name__)
 
 TICK_S = 30.0
 """How often an idle server looks for sinks that nobody uses."""
+DRAIN_S = 30.0
+"""How long features that are on the device may take to leave it."""
+OURS = 0.9
+"""The share of the device's memory which, where a server has it, makes a sample too large that does not fit."""
 
 
 @dataclass(eq=False, slots=True)
@@ -67,8 +71,9 @@ class CaptureService:
         self.failed: Exception | None = None
         is_strict = settings.order == "strict"
         self._queue = JobQueue(0 if is_strict else settings.max_batch_tokens)
-        self._sinks = OpenSinks(settings, engine.info, self._queue.wake)
-        self._inline = Writer("inline features", self._queue.wake)
+        self._sinks = OpenSinks(settings, engine.info, self._queue.wake, self._lose)
+        self._inline = Writer("inline features", self._queue.wake, self._lose)
+        self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._num_requests = 0
         self._num_inline_bytes = 0
@@ -95,7 +100,10 @@ class CaptureService:
         self._thread.start()
 
     def stop(self) -> bool:
-        """What waits is refused, the running forward ends and is answered. False: it did not end in time."""
+        """What waits is refused, and a response that is not finished; the running forward ends and is answered. False:
+        it did not end in time.
+        """
+        self._stopping.set()
         for job in self._queue.close():
             job.refuse(Refused("busy", "the server is stopping"))
         if self._thread.is_alive():
@@ -105,23 +113,40 @@ class CaptureService:
         return not self._thread.is_alive()
 
     def capture(self, request: CaptureRequest) -> Ticket:
-        """Raises :class:`Refused`."""
-        self._check_revision(request.target_revision)
-        self._check_layers(request.spec)
-        ticket = self._admitted(self._inline_bytes(request))
+        """Admit and begin. Waits for the sink to be opened. Raises :class:`Refused`."""
+        ticket = self.admit(request)
         try:
-            if isinstance(request.sink, InlineSink):
-                jobs = new = [CaptureJob(item, request.spec, self._inline) for item in request.items]
-            else:
-                ticket.sink = self._sinks.acquire(request.sink)
-                jobs, new = ticket.sink.writer.claim(request.items, request.spec)
-            ticket.jobs += jobs
-            self._enqueue([job for job in new if self._fits(job)])
+            self.begin(ticket, request)
         except BaseException:
             self.abandon(ticket)
             self.release(ticket)
             raise
         return ticket
+
+    def admit(self, request: CaptureRequest, asked_at: float | None = None) -> Ticket:
+        """A ticket without jobs. ``asked_at``: when the request came, by the monotonic clock; ``None``: now. Raises
+        :class:`Refused`.
+        """
+        asked_at = time.monotonic() if asked_at is None else asked_at
+        self._check_revision(request.target_revision)
+        self._check_layers(request.spec)
+        ticket = self._admitted(self._inline_bytes(request))
+        if not isinstance(request.sink, InlineSink):
+            try:
+                ticket.sink = self._sinks.acquire(request.sink, asked_at)
+            except BaseException:
+                self.release(ticket)
+                raise
+        return ticket
+
+    def begin(self, ticket: Ticket, request: CaptureRequest) -> None:
+        """Queue what ``request`` asks for. Raises :class:`Refused`; then the ticket is still to be released."""
+        if ticket.sink is None:
+            jobs = new = [CaptureJob(item, request.spec, self._inline) for item in request.items]
+        else:
+            jobs, new = ticket.sink.wait(OPEN_S).claim(request.items, request.spec)
+        ticket.jobs += jobs
+        self._enqueue([job for job in new if self._fits(job)])
 
     def generate(self, request: GenerateRequest) -> Ticket:
         """Raises :class:`Refused`."""
@@ -130,11 +155,7 @@ class CaptureService:
             self._check_prompt(prompt, request.generate.max_new_tokens)
         ticket = self._admitted(0)
         ticket.jobs += [GenerateJob(prompt, request.generate) for prompt in request.prompts]
-        try:
-            self._enqueue(ticket.jobs)
-        except BaseException:
-            self.release(ticket)
-            raise
+        self._enqueue(ticket.jobs)
         return ticket
 
     def captured(self, ticket: Ticket) -> tuple[CaptureReply, list[Mapping[str, Source] | None]]:
@@ -156,6 +177,8 @@ class CaptureService:
             else:
                 if isinstance(job, CaptureJob):
                     job.num_waiting = 0
+                else:
+                    job.is_wanted = False
                 self._queue.remove(job)
 
     def release(self, ticket: Ticket) -> None:
@@ -215,7 +238,7 @@ class CaptureService:
         if not isinstance(request.sink, InlineSink):
             return 0
         width = self.info.hidden_size
-        return sum(expected_features(request.spec, width, len(item.input_ids))[1] for item in request.items)
+        return sum(request.spec.layout(width, len(item.input_ids))[1] for item in request.items)
 
     def _admitted(self, inline_bytes: int) -> Ticket:
         limits = self._settings
@@ -250,28 +273,74 @@ class CaptureService:
         return Refused("busy", "the server is stopping")
 
     def _run(self) -> None:
-        while (batch := self._queue.take(TICK_S, self._sinks.close_idle)) is not None:
-            self._work_on(batch)
-            if self.failed is not None:
-                for job in self._queue.close():
-                    job.refuse(self._stopped())
-                self._on_failed()
+        batch: list[Job] = []
+        try:
+            while (taken := self._queue.take(TICK_S, self._sinks.close_idle)) is not None:
+                batch = taken
+                self._work_on(batch)
+                batch = []  # an idle server holds nobody's features
+        except Exception as error:  # noqa: BLE001 - the end of a thread: the server says so and ends
+            _LOG.exception("the thread of the target engine ended")
+            self._lose(error)
+            for job in batch:
+                job.refuse(self._stopped())
 
-    def _work_on(self, batch: list[Job]) -> None:
+    def _lose(self, error: Exception) -> None:
+        """The server is of no more use: all that wait are told, and whoever started it."""
+        with self._lock:
+            if self.failed is not None:
+                return
+            self.failed = error
+        refused = self._stopped()
+        for job in self._queue.close():
+            job.refuse(refused)
+        for writer in (self._inline, *self._sinks.writers()):
+            writer.refuse_all(refused)
+        self._on_failed()
+
+    def _work_on(self, batch: list[Job], *, is_alone: bool = False) -> None:
+        """``is_alone``: nothing else of this server is on the device."""
+        retried: list[Job] = []
+        needs_room = False
         try:
             self._work(batch)
+        except Refused as refused:
+            _refuse(batch, refused)
         except ENGINE_WIDE as error:
             _LOG.exception("the target engine failed")
+            _refuse(batch, Refused("engine", f"{type(error).__name__}: {error}"))
             if isinstance(error, torch.AcceleratorError):
-                self.failed = error  # the context of the device is gone, and nothing brings it back
-            for job in batch:
-                job.refuse(Refused("engine", f"{type(error).__name__}: {error}"))
+                self._lose(error)  # the context of the device is gone, and nothing brings it back
         except Exception as error:  # noqa: BLE001 - whatever one prompt does to the engine is that prompt's failure
-            if len(batch) > 1:
-                for job in batch:
-                    self._work_on([job])
+            needs_room = isinstance(error, torch.OutOfMemoryError)
+            if len(batch) > 1 or (needs_room and not is_alone):
+                retried = batch
+            elif needs_room and self._others_use_the_device():
+                _refuse(batch, Refused("engine", f"others use the device's memory: {error}"))
             else:
                 _fail(batch[0], error)
+        # outside of the handlers, which hold what the forward had on the device
+        for job in retried:
+            if needs_room and not self._has_emptied():
+                job.refuse(Refused("engine", "the device is out of memory, and the features on it do not leave it"))
+            else:
+                self._work_on([job], is_alone=needs_room)
+
+    def _has_emptied(self) -> bool:
+        """Waits until no features are on the device any more."""
+        deadline = time.monotonic() + DRAIN_S
+        writers = (self._inline, *self._sinks.writers())
+        is_empty = all(writer.drained(max(deadline - time.monotonic(), 0.0)) for writer in writers)
+        if self._engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return is_empty
+
+    def _others_use_the_device(self) -> bool:
+        device = self._engine.device
+        if device.type != "cuda":
+            return False
+        free_bytes, num_bytes = torch.cuda.mem_get_info(device)
+        return free_bytes + torch.cuda.memory_reserved(device) < OURS * num_bytes
 
     def _work(self, batch: list[Job]) -> None:
         captures = [job for job in batch if isinstance(job, CaptureJob)]
@@ -283,9 +352,23 @@ class CaptureService:
                 assert isinstance(job.owner, Writer)
                 job.owner.hand_over(job, sample)
         if prompts:
-            responses = self._engine.generate([job.prompt for job in prompts], prompts[0].options)
+            responses = self._engine.generate(
+                [job.prompt for job in prompts], prompts[0].options, lambda: self._check_wanted(prompts)
+            )
             for prompt, response in zip(prompts, responses, strict=True):
                 prompt.answer(response.token_ids, stopped=response.stopped)
+
+    def _check_wanted(self, prompts: Sequence[GenerateJob]) -> None:
+        """Raises :class:`Refused` where nobody will get the responses."""
+        if self._stopping.is_set() or self.failed is not None:
+            raise self._stopped()
+        if not any(prompt.is_wanted for prompt in prompts):
+            raise Refused("busy", "nobody waits for the response any more")
+
+
+def _refuse(batch: Sequence[Job], refused: Refused) -> None:
+    for job in batch:
+        job.refuse(refused)
 
 
 def _fail(job: Job, error: Exception) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,32 +16,25 @@ import torch
 from specforge.contracts.capture import CaptureSpec
 from specforge.contracts.capture_server import CapturedItem, CaptureItem
 from specforge.contracts.refs import SampleRef
-from specforge.data_plane.base import FeatureStore, PutRequest, StoredFeatures
+from specforge.data_plane.base import FeatureStore, PutRequest
 from specforge.data_plane.encoding import not_finite
 from specforge.data_plane.tensors import materialised
 from specforge.data_plane.tombstones import Tombstones
-from specforge.errors import FeatureStoreError, FeatureStoreFull, FeatureTooLarge, SpecForgeError
+from specforge.errors import FeatureStoreError, FeatureStoreFull, FeatureTooLarge
+from specforge.inference.delivery import put_with_patience
 from specforge.inference.engine import CapturedSample
-from specforge.inference.servers.base import expected_features
-from specforge.inference.serving.jobs import CaptureJob, Finished, Refused
+from specforge.inference.serving.jobs import CaptureJob, Finished, Refused, settle
 
 _LOG = logging.getLogger(__name__)
 
 MAX_WAITING = 4
 """Captured samples that wait for one thread; with more the engine takes up other work."""
-FIRST_RETRY_S = 0.02
-LONGEST_RETRY_S = 0.5
 MAX_REMEMBERED = 4096
-"""Stored samples of one sink; where there are more, those that were freed are looked for."""
+"""Stored samples of one sink; where there are more, those that were freed are looked for whenever the number of them
+has doubled.
+"""
 
 _Pair = tuple[str, int]
-
-
-@runtime_checkable
-class Addressable(Protocol):
-    """A store in which the place of a sample is known before it is there, whoever puts it."""
-
-    def key_of(self, pair: tuple[str, int]) -> str: ...
 
 
 @runtime_checkable
@@ -62,13 +54,17 @@ class _HandedOver:
 
 
 class Writer:
-    """Ends jobs in a thread of its own. ``has_changed`` is called when there is room again."""
+    """Ends jobs in a thread of its own. ``has_changed`` is called when there is room again, ``on_failed`` when the
+    thread is lost, and with it the server.
+    """
 
-    def __init__(self, name: str, has_changed: Callable[[], None]) -> None:
+    def __init__(self, name: str, has_changed: Callable[[], None], on_failed: Callable[[Exception], None]) -> None:
         self._has_changed = has_changed
+        self._on_failed = on_failed
         self._waiting: deque[_HandedOver] = deque()
         self._more = threading.Condition()
         self._stopping = False
+        self._refused: Refused | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -83,73 +79,91 @@ class Writer:
             captured = torch.cuda.Event()
             captured.record()
         with self._more:
-            self._waiting.append(_HandedOver(job, sample, captured))
-            self._more.notify()
+            refused = self._refused
+            if refused is None:
+                self._waiting.append(_HandedOver(job, sample, captured))
+                self._more.notify_all()
+        if refused is not None:
+            self.end(job, refused)
+
+    def drained(self, timeout_s: float) -> bool:
+        """Waits until nothing that was handed over is held any more; whether it is so."""
+        with self._more:
+            return self._more.wait_for(lambda: not self._waiting, timeout_s)
+
+    def refuse_all(self, refused: Refused) -> None:
+        """What was handed over gets ``refused``, and all that comes."""
+        with self._more:
+            self._refused = refused
+            left = [handed.job for handed in self._waiting]
+        for job in left:
+            self.end(job, refused)
 
     def stop(self, timeout_s: float) -> None:
         """Ends what was handed over, and the thread; waits for it up to ``timeout_s``. Idempotent."""
         with self._more:
             self._stopping = True
-            self._more.notify()
+            self._more.notify_all()
         self._thread.join(timeout_s)
 
     def end(self, job: CaptureJob, outcome: Finished | Refused) -> None:
         """See ``Owner``."""
-        if isinstance(outcome, Refused):
-            job.done.set_exception(outcome)
-        else:
-            job.done.set_result(outcome)
+        settle(job.done, outcome)
 
     def _run(self) -> None:
         stream: torch.cuda.Stream | None = None
-        while True:
-            with self._more:
-                while not self._waiting and not self._stopping:
-                    self._more.wait()
-                if not self._waiting:
-                    return
-                handed = self._waiting[0]
-            with contextlib.ExitStack() as beside:
-                if handed.captured is not None:
-                    # beside the next forward, which is on the device's default stream; every copy to the host ends
-                    # before the call that asks for it does, so nothing is freed under it
-                    stream = stream or torch.cuda.Stream()
-                    stream.wait_event(handed.captured)
-                    beside.enter_context(torch.cuda.stream(stream))
-                self._end_one(handed.job, handed.sample)
-            del handed
-            with self._more:
-                self._waiting.popleft()
-            self._has_changed()
+        try:
+            while (handed := self._next()) is not None:
+                with contextlib.ExitStack() as beside:
+                    if handed.captured is not None:
+                        # beside the next forward, which is on the device's default stream; every copy to the host ends
+                        # before the call that asks for it does, so nothing is freed under it
+                        stream = stream or torch.cuda.Stream()
+                        stream.wait_event(handed.captured)
+                        beside.enter_context(torch.cuda.stream(stream))
+                    self._end_one(handed.job, handed.sample)
+                del handed
+                with self._more:
+                    self._waiting.popleft()
+                    self._more.notify_all()
+                self._has_changed()
+        except Exception as error:  # noqa: BLE001 - the end of a thread: the server says so and ends
+            _LOG.exception("a thread that writes features ended")
+            self.refuse_all(Refused("engine", f"{type(error).__name__}: {error}"))
+            self._on_failed(error)
+
+    def _next(self) -> _HandedOver | None:
+        """Stays in the queue until it is done with; ``None`` at the end."""
+        with self._more:
+            self._more.wait_for(lambda: self._waiting or self._stopping)
+            return self._waiting[0] if self._waiting else None
 
     def _end_one(self, job: CaptureJob, sample: CapturedSample) -> None:
         if not self._is_wanted(job):
             return
+        outcome: Finished | Refused
         try:
             damaged = not_finite(sample.tensors)
-            if damaged is not None:
-                reason = f"the target gave NaN or infinite values in feature {damaged!r}"
-                self.end(job, job.failed("prompt", reason))
-                return
-            self.end(job, self._written(job, sample))
-        except SpecForgeError as error:
-            self._broke(job, error)
+            if damaged is None:
+                outcome = self._written(job, sample)
+            else:
+                outcome = job.failed("prompt", f"the target gave NaN or infinite values in feature {damaged!r}")
+        except torch.AcceleratorError:
+            raise  # the context of the device is gone
         except Exception as error:  # noqa: BLE001 - a boundary: who asked is told, the server goes on
             _LOG.exception("writing features failed")
-            self._broke(job, error)
+            outcome = Refused("engine", f"{type(error).__name__}: {error}")
+        self.end(job, outcome)
 
     def _is_wanted(self, job: CaptureJob) -> bool:
         """Whether anybody still waits; where not, it is as if the job had never been."""
-        return job.num_waiting > 0
+        return job.num_waiting > 0 and not job.done.done()
 
-    def _written(self, job: CaptureJob, sample: CapturedSample) -> Finished:
+    def _written(self, job: CaptureJob, sample: CapturedSample) -> Finished | Refused:
         """Keeps the features for the answer, in memory of the host."""
         tensors = {name: materialised(source).cpu() for name, source in sample.tensors.items()}
         item = job.item
         return Finished(CapturedItem(item.sample_id, item.generation, job.num_tokens), tensors)
-
-    def _broke(self, job: CaptureJob, error: Exception) -> None:
-        self.end(job, Refused("engine", f"{type(error).__name__}: {error}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,29 +177,32 @@ class _Kept:
 class StoreWriter(Writer):
     """Puts into one store, and remembers what it put: a sample that is asked for again is not captured again.
 
-    What has been freed stays so: its generation is answered with a failure, as the store would drop it. Features that
-    nobody waits for any more when they are there are freed at once.
+    What has been freed stays so: its generation is answered with a failure, as the store would drop it. So is one that
+    another process put, of which nobody here knows what it was made of. Features that nobody waits for any more when
+    they are there are freed at once.
     """
 
     def __init__(
         self,
         store: FeatureStore,
-        target: tuple[str, int],
+        revision: str,
         store_wait_s: float,
         has_changed: Callable[[], None],
+        on_failed: Callable[[Exception], None],
         on_broken: Callable[[Exception], None],
     ) -> None:
-        """``target``: its revision and hidden size. ``on_broken`` is told when the store fails, and refuses all."""
+        """``revision`` of the target. ``on_broken`` is told when the store fails, and refuses all."""
         self.store = store
-        self._revision, self._hidden_size = target
+        self._revision = revision
         self._store_wait_s = store_wait_s
         self._on_broken = on_broken
         self._lock = threading.Lock()
         self._in_flight: dict[_Pair, tuple[int, CaptureJob]] = {}
         self._kept: dict[_Pair, _Kept] = {}
         self._freed = Tombstones()
+        self._look_at_all_above = MAX_REMEMBERED
         self._closed = threading.Event()
-        super().__init__(f"put {store.name}", has_changed)
+        super().__init__(f"put {store.name}", has_changed, on_failed)
 
     def claim(self, items: Sequence[CaptureItem], spec: CaptureSpec) -> tuple[list[CaptureJob], list[CaptureJob]]:
         """A job for each of ``items``, maybe done, maybe another request's; and those of them that are to be queued.
@@ -208,7 +225,7 @@ class StoreWriter(Writer):
                     job = self._in_flight[pair][1]
                     job.num_waiting += 1
                 elif pair in self._freed:
-                    reason = "it was captured, and freed since; ask for it with a new generation"
+                    reason = "it was captured before, and is not known any more; ask for it with a new generation"
                     job.done.set_result(job.failed("store", reason))
                 else:
                     self._in_flight[pair] = (_asked(item, spec), job)
@@ -227,9 +244,10 @@ class StoreWriter(Writer):
     def end(self, job: CaptureJob, outcome: Finished | Refused) -> None:
         pair = _pair(job.item)
         with self._lock:
-            known = self._in_flight.pop(pair, None)
-            if known is None or job.done.done():
+            known = self._in_flight.get(pair)
+            if known is None or known[1] is not job:
                 return
+            del self._in_flight[pair]
             is_stored = isinstance(outcome, Finished) and outcome.item.failure is None
             is_wanted = job.num_waiting > 0
             if isinstance(outcome, Finished) and is_stored and is_wanted:
@@ -248,9 +266,14 @@ class StoreWriter(Writer):
             left = [job for _, job in self._in_flight.values()]
         for job in left:
             self.end(job, refused)
+        super().refuse_all(refused)
 
     def close(self, refused: Refused, timeout_s: float, *, leave: bool) -> None:
-        """Refuse all, and close the store. ``leave``: what is readable stays so where the store can do that."""
+        """Refuse all, and close the store. ``leave``: what was handed over is put before, and what is readable stays so
+        where the store can do that.
+        """
+        if leave:
+            self.drained(timeout_s)
         self.refuse_all(refused)
         self.stop(timeout_s)
         if leave and isinstance(self.store, Outlived):
@@ -259,21 +282,20 @@ class StoreWriter(Writer):
             self.store.close()
 
     def _look(self, items: Sequence[CaptureItem], spec: CaptureSpec) -> None:
-        """Learn which of the stored features are still there, and which ones another process put."""
+        """Learn which of the stored features that are asked for were freed; of all, where they have become many."""
         with self._lock:
-            asked = {_pair(item): item for item in items}
-            looked_for = asked.keys() if len(self._kept) <= MAX_REMEMBERED else asked.keys() | self._kept.keys()
-            kept = {pair: self._kept[pair].item for pair in looked_for if pair in self._kept}
-            known = self._in_flight.keys() | kept.keys()
-            new = [item for pair, item in asked.items() if pair not in known and pair not in self._freed]
-        maybe = [self._as_stored(item, spec, self.store) for item in new] if isinstance(self.store, Addressable) else []
-        live = self._live([*kept.values(), *maybe], spec)
+            looked_for = {_pair(item) for item in items} & self._kept.keys()
+            if len(self._kept) > self._look_at_all_above:
+                looked_for = set(self._kept)
+                self._look_at_all_above = 2 * len(self._kept)
+            kept = {pair: self._kept[pair].item for pair in looked_for}
+        live = self._live(list(kept.values()), spec)
         with self._lock:
             for pair in itertools.compress(kept, [not is_live for is_live in live]):
                 if self._kept.pop(pair, None) is not None:
                     self._freed.add(pair)
-            for item, stored in itertools.compress(zip(new, maybe, strict=False), live[len(kept) :]):
-                self._kept.setdefault(_pair(item), _Kept(_asked(item, spec), stored))
+            if len(looked_for) > MAX_REMEMBERED:
+                self._look_at_all_above = max(MAX_REMEMBERED, 2 * len(self._kept))
 
     def _live(self, items: Sequence[CapturedItem], spec: CaptureSpec) -> list[bool]:
         if not items:
@@ -283,13 +305,6 @@ class StoreWriter(Writer):
         except FeatureStoreError as error:
             self._on_broken(error)
             raise Refused("engine", f"the feature store failed: {error}") from error
-
-    def _as_stored(self, item: CaptureItem, spec: CaptureSpec, store: Addressable) -> CapturedItem:
-        """What the reply would say of ``item`` if it is there."""
-        num_tokens = len(item.input_ids)
-        features, num_bytes = expected_features(spec, self._hidden_size, num_tokens)
-        key = store.key_of(_pair(item))
-        return CapturedItem(item.sample_id, item.generation, num_tokens, self.store.name, key, num_bytes, features)
 
     def _ref(self, item: CapturedItem, spec: CaptureSpec) -> SampleRef:
         return SampleRef(
@@ -318,20 +333,32 @@ class StoreWriter(Writer):
                 )
 
     def _is_wanted(self, job: CaptureJob) -> bool:
+        pair = _pair(job.item)
         with self._lock:
+            known = self._in_flight.get(pair)
+            if known is None or known[1] is not job:
+                return False
             if not job.num_waiting:
-                self._in_flight.pop(_pair(job.item), None)
-            return job.num_waiting > 0 and not job.done.done()
+                del self._in_flight[pair]
+            return job.num_waiting > 0
 
-    def _written(self, job: CaptureJob, sample: CapturedSample) -> Finished:
+    def _written(self, job: CaptureJob, sample: CapturedSample) -> Finished | Refused:
         item = job.item
         request = PutRequest(item.sample_id, item.generation, sample.tensors)
         try:
-            stored = self._put(request)
+            stored = put_with_patience(self.store, request, self._store_wait_s, self._closed)
         except FeatureTooLarge as error:
             return job.failed("prompt", str(error))
         except FeatureStoreFull as error:
             return job.failed("store", str(error))
+        except FeatureStoreError as error:
+            if self._is_taken(_pair(item)):
+                return job.failed("store", f"{error}, by another process; ask for it with a new generation")
+            # gone before anybody hears of it: whoever asks again finds a store that is opened anew
+            self._on_broken(error)
+            return Refused("engine", f"{type(error).__name__}: {error}")
+        if stored is None:
+            return Refused("busy", "the sink was closed")
         return Finished(
             CapturedItem(
                 item.sample_id,
@@ -344,22 +371,16 @@ class StoreWriter(Writer):
             )
         )
 
-    def _put(self, request: PutRequest) -> StoredFeatures:
-        """Waits for room, longer after every try."""
-        give_up_at = time.monotonic() + self._store_wait_s
-        wait_s = FIRST_RETRY_S
-        while True:
-            try:
-                return self.store.put([request])[0]
-            except FeatureStoreFull:
-                if time.monotonic() + wait_s > give_up_at or self._closed.wait(wait_s):
-                    raise
-            wait_s = min(2 * wait_s, LONGEST_RETRY_S)
-
-    def _broke(self, job: CaptureJob, error: Exception) -> None:
-        # gone before anybody hears of it: whoever asks again finds a store that is opened anew
-        self._on_broken(error)
-        super()._broke(job, error)
+    def _is_taken(self, pair: _Pair) -> bool:
+        """Whether there are features in the place of ``pair``, which are those of somebody else."""
+        try:
+            is_taken = pair in self.store.stored()
+        except FeatureStoreError:
+            return False
+        if is_taken:
+            with self._lock:
+                self._freed.add(pair)
+        return is_taken
 
 
 def _pair(item: CaptureItem) -> _Pair:
