@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from specforge.cli.output import AsJson, flat, print_columns, print_json, print_table, shown, shown_bytes
+from specforge.inference.config import server_url
 
 MIN_PYTHON = (3, 11)
 DIALECTS = ("specforge", "vllm", "sglang")
@@ -85,8 +86,10 @@ def _engine(
         raise typer.BadParameter(f"{target or 'nothing'} is no directory; give the target's", param_hint="--target")
     if dialect not in DIALECTS:
         raise typer.BadParameter(f"{dialect!r} is not one of {', '.join(DIALECTS)}", param_hint="--dialect")
-    if not re.fullmatch(r"https?://[^\s/@]+/?", url):
-        raise typer.BadParameter(f"{url!r} is no address such as http://10.0.0.7:8100", param_hint="--engine")
+    try:
+        server_url(url)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--engine") from None
     ids = layers.split(",") if layers is not None else []
     if not all(re.fullmatch(r"\s*\d{1,4}\s*", layer) for layer in ids) or len(set(map(int, ids))) < len(ids):
         raise typer.BadParameter(f"{layers!r} is no list of distinct ids such as 0,1,2", param_hint="--layers")
@@ -106,7 +109,8 @@ def _engine(
 
 def _check_line(check: dict[str, Any]) -> tuple[str, str, str]:
     measured = ", ".join(f"{name} {shown(value)}" for name, value in check["measured"].items())
-    return check["name"], check["verdict"], measured if check["verdict"] != "unverified" else check["where"]
+    said = {"unverified": check["where"], "warning": f"{measured}; {check['where']}"}
+    return check["name"], check["verdict"], said.get(check["verdict"], measured)
 
 
 def machine() -> dict[str, Any]:
