@@ -24,9 +24,6 @@ from specforge.inference.servers.vllm import VllmServer
 from specforge.launch.capture_token import read_token
 from specforge.launch.inputs import resolve_device, resolve_dtype
 
-ANSWER_WITH_FEATURES = frozenset({"specforge", "sglang"})
-"""Dialects of servers that can put features into their answers."""
-
 
 def make_engine(config: RunConfig, target: TargetInfo) -> TargetEngine:
     """The frozen target, in this process or in servers; or what was captured of it earlier."""
@@ -64,11 +61,9 @@ def terms_of(config: RunConfig) -> Terms:
 
 
 def make_evaluation_engine(config: RunConfig, target: TargetInfo) -> TargetEngine:
-    """What captures held-out samples: the run's servers where they can answer with features, else the target here."""
+    """What captures held-out samples: the run's servers, else the target here."""
     servers = config.target.servers
-    if servers is not None and servers.dialect in ANSWER_WITH_FEATURES:
-        return ask_servers(config, servers, target)
-    return load_target(config, target)
+    return load_target(config, target) if servers is None else ask_servers(config, servers, target)
 
 
 def load_target(config: RunConfig, target: TargetInfo) -> HFTargetEngine:
