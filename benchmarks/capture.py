@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -102,6 +103,22 @@ def make_prompts(size: Size, vocab_size: int, seed: int) -> list[tuple[int, ...]
     return [tuple(row) for row in rows.tolist()]
 
 
+class PlainVllm:
+    """A vLLM without our connector, asked for the token behind each prompt."""
+
+    def __init__(self, url: str, token: str, model: str) -> None:
+        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=TIMEOUT_S)
+        self._model = model
+
+    def generate(self, request: GenerateRequest, timeout_s: float) -> None:  # noqa: ARG002
+        (prompt,) = request.prompts
+        body = {"model": self._model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+        self._http.post("/v1/completions", json=body).raise_for_status()
+
+    def close(self) -> None:
+        self._http.close()
+
+
 @dataclass
 class Transport:
     """Where features go, and how a reader takes and frees them."""
@@ -148,7 +165,7 @@ def transports(max_bytes: int) -> Iterator[list[Transport]]:
 class Load:
     """``in_flight`` requests at a time against one server, one prompt each."""
 
-    def __init__(self, server: CaptureServer, target: TargetInfo, spec: CaptureSpec, in_flight: int) -> None:
+    def __init__(self, server: Any, target: TargetInfo, spec: CaptureSpec, in_flight: int) -> None:
         self._server, self._target, self._spec, self._in_flight = server, target, spec, in_flight
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> float:
@@ -231,7 +248,7 @@ def serve_target(target: TargetInfo, directory: Path) -> Iterator[tuple[CaptureS
 
 
 @contextlib.contextmanager
-def vllm(target: TargetInfo, directory: Path, layers: Sequence[int]) -> Iterator[tuple[CaptureServer, CaptureServer]]:
+def vllm(target: TargetInfo, directory: Path, layers: Sequence[int]) -> Iterator[tuple[CaptureServer, PlainVllm]]:
     """One with the connector, one without."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "engines"))
     from vllm_server import vllm_server  # noqa: PLC0415 - beside the tests that start it too
@@ -242,14 +259,14 @@ def vllm(target: TargetInfo, directory: Path, layers: Sequence[int]) -> Iterator
         vllm_server(path, ids, "float32", directory / "capturing.log", arguments=uncached) as captures,
         vllm_server(path, None, "float32", directory / "plain.log", arguments=uncached) as plain,
         contextlib.closing(connect_server("vllm", captures.url, captures.token)) as capturing,
-        contextlib.closing(connect_server("vllm", plain.url, plain.token)) as prefilling,
+        contextlib.closing(PlainVllm(plain.url, plain.token, target.path)) as prefilling,
     ):
         yield capturing, prefilling
 
 
 def measure(
     engine: str,
-    servers: tuple[CaptureServer, CaptureServer],
+    servers: tuple[CaptureServer, Any],
     target: TargetInfo,
     size: Size,
     options: argparse.Namespace,
@@ -276,7 +293,8 @@ def measure(
                 for name, value in found.items():
                     seconds[name].append(value)
         for transport in served:
-            capturing.close_sink(transport.sink)
+            if transport.reader is not None:
+                capturing.close_sink(transport.sink)
     rows = {}
     for name, values in seconds.items():
         typical = statistics.median(values)
